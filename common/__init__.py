@@ -1,0 +1,1 @@
+"""What the papers share: attention and its control, layers, training loop, results, data. Knows no paper."""

@@ -1,0 +1,107 @@
+"""The standard parts around attention: norms, MLPs, position and patch embeddings. DropPath and trunc_normal_ come from timm.layers."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """w · x / √(mean(x²) + eps), the mean over the last axis; computed in float32 at least and cast back before the product with w."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """fc2(act(fc1(x))); act: "gelu" (exact), "gelu_tanh" or any function."""
+
+    def __init__(self, dim: int, hidden: int, act=F.gelu):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(dim, hidden), nn.Linear(hidden, dim), act
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) · up(x)), Llama's MLP with its names."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one convolution, tokens row-major: (b, c, H, W) -> (b, H/p · W/p, dim)."""
+
+    def __init__(self, channels: int, dim: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, image: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n d"]:
+        return rearrange(self.proj(image), "b d h w -> b (h w) d")
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------------------------
+
+
+def frequencies(dim: int, base: float = 10_000.0, *, dtype=torch.float32, device=None) -> Float[Tensor, "d"]:
+    """f_i = base^(-2i/dim), i = 0..dim/2-1."""
+    return base ** -(torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+
+
+def sinusoidal(positions: Float[Tensor, "*n"], dim: int, base: float = 10_000.0, *, cos_first: bool = False) -> Float[Tensor, "*n dim"]:
+    """[sin(p f), cos(p f)], two halves; the diffusion models' time embedding puts the cosines first."""
+    angle = positions[..., None] * frequencies(dim, base, dtype=torch.promote_types(positions.dtype, torch.float32), device=positions.device)
+    halves = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
+    return torch.cat(halves, -1)
+
+
+def sinusoidal_2d(dim: int, grid: tuple[int, int]) -> Float[Tensor, "n dim"]:
+    """The fixed table of ViT and DiT: the first half of the width from the column index, the second from the row index; row-major tokens."""
+    row, column = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    return torch.cat([sinusoidal(column.flatten(), dim // 2), sinusoidal(row.flatten(), dim // 2)], -1).float()
+
+
+def rotary(positions: Float[Tensor, "*n"], dim: int, base: float = 10_000.0) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
+    """cos and sin of position · f for the dim/2 planes of a head, as `rotate_half` and `rotate_pairs` take them."""
+    angle = positions[..., None] * frequencies(dim, base, device=positions.device)
+    return angle.cos(), angle.sin()
+
+
+def rotate_half(x: Float[Tensor, "b h n two_d"], cos: Float[Tensor, "*n d"], sin: Float[Tensor, "*n d"]) -> Float[Tensor, "b h n two_d"]:
+    """Rotary embedding whose planes are (i, i + d/2): the Llama layout."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rotate_pairs(x: Float[Tensor, "b h n two_d"], cos: Float[Tensor, "*n d"], sin: Float[Tensor, "*n d"]) -> Float[Tensor, "b h n two_d"]:
+    """Rotary embedding whose planes are the neighbours (2i, 2i + 1): the RoFormer and Flux layout."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+def relative_offsets(size: tuple[int, int]) -> Float[Tensor, "t 2"]:
+    """All offsets (dy, dx) between two tokens of a size[0] x size[1] grid, dy-major: (2·size[0]-1)(2·size[1]-1) rows."""
+    dy, dx = (torch.arange(1 - n, n) for n in size)
+    return torch.stack(torch.meshgrid(dy, dx, indexing="ij"), -1).flatten(0, 1).float()
+
+
+def relative_index(size: tuple[int, int]) -> Float[Tensor, "n n"]:
+    """Row of `relative_offsets` that holds the offset (query - key) of each pair of row-major tokens."""
+    rows, columns = size
+    y, x = (repeat(torch.arange(n), pattern, h=rows, w=columns) for n, pattern in ((rows, "h -> (h w)"), (columns, "w -> (h w)")))
+    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
