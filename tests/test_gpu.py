@@ -1,0 +1,48 @@
+"""Measuring and devices."""
+
+import pytest
+import torch
+from torch import nn
+
+from common import gpu
+from common.config import RunConfig
+from common.errors import UserError
+
+
+def test_flops_of_a_product_are_counted_exactly():
+    assert gpu.count_flops(lambda: torch.randn(3, 5) @ torch.randn(5, 7)) == 2 * 3 * 5 * 7
+
+
+def test_peak_memory_is_that_of_the_live_tensors():
+    megabyte = 2**18  # floats
+    two_then_one = lambda: (torch.ones(megabyte) + torch.ones(megabyte)).sum()
+    assert gpu.peak_memory(two_then_one) == pytest.approx(3 * 2**20, rel=0.01)
+    held = torch.ones(megabyte)
+    assert gpu.peak_memory(lambda: held.sum()) < 2**12
+
+
+def test_alternate_orders_the_fast_and_the_slow():
+    small, large = torch.randn(16, 16), torch.randn(400, 400)
+    times = gpu.alternate({"small": lambda: small @ small, "large": lambda: large @ large}, repeats=3, seconds=0.01)
+    assert list(times) == ["small", "large"] and 0 < times["small"] < times["large"]
+
+
+def test_count_params():
+    assert gpu.count_params(nn.Linear(3, 4)) == 16
+
+
+def test_devices():
+    assert gpu.device(RunConfig(device="cpu")).type == "cpu"
+    with pytest.raises(UserError, match="torch knows no such device"):
+        gpu.device(RunConfig(device="abacus"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="finds no usable GPU"):
+            gpu.device(RunConfig(device="cuda"))
+
+
+def test_seeds_are_words_not_sums():
+    draws = set()
+    for seed in [(0, 1), (1, 0), (1,), (0, 1, 0)]:
+        gpu.seed_everything(*seed)
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 4
