@@ -1,0 +1,242 @@
+"""atlas: the command line behind every `just` recipe.
+
+    list                       the papers, with their verdicts
+    repro  PAPER [options]     train and evaluate, judge every claim, draw the figure
+    train  PAPER [options]     train only (under torchrun on several GPUs)
+    eval   PAPER [options]     evaluate what was trained, or with --weights FILE --data DIR a published checkpoint
+    smoke  [PAPER ...]         train, interrupt, resume and evaluate at the smallest scale
+    record PAPER ...           make the last repro the reference under results/
+    report                     write the tables of the READMEs and results/RESULTS.md from results/
+    bench  [PAPER ...]         measure the efficiency figures into results/bench.json
+    data                       what data the default runs use, with hashes
+    new    PAPER               start a paper directory
+
+Options are --scale (smoke, small, full) and the fields of the paper's Config: `atlas repro PAPER --help` lists them.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from common import papers, results
+from common.errors import UserError
+from common.papers import ROOT, Paper
+
+RUNS = ROOT / "runs"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failed smoke test, 2 for bad input, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    asked = not {"-h", "--help"}.isdisjoint(rest) and command not in ("repro", "train", "eval")
+    if command in ("-h", "--help", "help") or asked:
+        print(__doc__)
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"there is no command {command!r}: `atlas --help` lists them")
+        return COMMANDS[command](rest) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(f"{error.message}\nresume with: just {' '.join([command, *rest])}", file=sys.stderr)
+        return error.code
+
+
+# ---- options --------------------------------------------------------------------------------------------------------------------------
+
+
+def _options(command: str, argv: list[str], scale: str = "small"):
+    """(paper, scale, Config) from `PAPER [--scale S] [--field value ...]`."""
+    import tyro
+
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: just {command} PAPER [--scale smoke|small|full] [options]\n\nThe options are the paper's own: just {command} PAPER --help")
+        raise SystemExit(0)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"which paper? `just {command} PAPER`; `just list` names them")
+    paper, rest = papers.find(argv[0]), list(argv[1:])
+    if "--scale" in rest:
+        at = rest.index("--scale")
+        if at + 1 == len(rest):
+            raise UserError("--scale needs a value: smoke, small or full")
+        scale = rest[at + 1]
+        del rest[at : at + 2]
+    # the options are parsed twice: first without torch, so that --help and mistakes answer at once
+    for load in (papers.config, lambda slug: (None, paper.module("train").SCALES)):
+        _, scales = load(paper.slug)
+        if scale not in scales:
+            raise UserError(f"{paper.slug} has no scale {scale!r}: take one of {', '.join(scales)}")
+        default = replace(scales[scale], out=RUNS / paper.slug / scale)
+        description = f"{paper.title}: {paper.idea}\n\nDefaults of --scale {scale}; others: {', '.join(s for s in scales if s != scale)}."
+        cfg = tyro.cli(type(default), default=default, args=rest, prog=f"just {command} {paper.slug} [--scale SCALE]", description=description)
+    return paper, scale, cfg
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------------------------
+
+
+def list_papers(argv: list[str]) -> None:
+    found = results.recorded()
+    rows = [(slug, papers.find(slug)) for slug in papers.slugs()]
+    width = max((len(slug) for slug, _ in rows), default=0)
+    for slug, paper in rows:
+        verdicts = results.tally(found[slug]) if slug in found else "no recorded result"
+        print(f"{slug:<{width}}  {paper.year}  {paper.title}\n{'':<{width}}        {verdicts}")
+
+
+def repro(argv: list[str]) -> None:
+    paper, scale, cfg = _options("repro", argv)
+    if (cfg.out / "results.json").exists():
+        cfg = replace(cfg, resume=False)  # the last repro ended: this is a new one, not its continuation
+        (cfg.out / "results.json").unlink()
+    began = time.monotonic()
+    paper.module("train").train(cfg)
+    _evaluate(paper, scale, cfg, began)
+
+
+def train(argv: list[str]) -> None:
+    paper, _, cfg = _options("train", argv)
+    from common import gpu
+
+    with gpu.process_group():
+        paper.module("train").train(cfg)
+        gpu.say(f"trained: {cfg.out}")
+
+
+def evaluate(argv: list[str]) -> None:
+    paper, scale, cfg = _options("eval", argv)
+    if cfg.weights is None:
+        return _evaluate(paper, scale, cfg, time.monotonic())
+    published = getattr(paper.module("eval"), "evaluate_published", None)
+    if published is None:
+        raise UserError(f"{paper.slug} has no published weights to evaluate")
+    for name, value in published(cfg).items():
+        print(f"{name}  {value}")
+
+
+def _evaluate(paper: Paper, scale: str, cfg, began: float) -> None:
+    """Measure, judge, draw, and leave results.json and figure.svg in the run directory."""
+    module = paper.module("eval")
+    measured = module.evaluate(cfg)
+    found = results.results(paper, cfg, scale, measured, time.monotonic() - began)
+    results.save_figure(module.figure(found["details"]), cfg.out / "figure.svg")
+    results.save(found, cfg.out / "results.json")
+    print(f"\n{paper.title} (arXiv {paper.arxiv})\n\n{results.console_table(found)}\n\n{results.tally(found)}")
+    print(f"{found['seconds']:.0f} s; details in {cfg.out / 'results.json'}, figure in {cfg.out / 'figure.svg'}")
+
+
+def smoke(argv: list[str]) -> int:
+    failed = 0
+    for slug in argv or papers.slugs():
+        began = time.monotonic()
+        try:
+            _smoke(papers.find(slug))
+            print(f"smoke {slug}: ok, {time.monotonic() - began:.1f} s")
+        except AssertionError as error:
+            failed = 1
+            print(f"smoke {slug}: FAILED, {error}", file=sys.stderr)
+    return failed
+
+
+def _smoke(paper: Paper) -> None:
+    """Train in two pieces and in one, compare the weights bit for bit, evaluate."""
+    from common import loop
+
+    module = paper.module("train")
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = replace(module.SCALES["smoke"], out=Path(folder) / "resumed")
+        try:
+            with loop.interrupt_at(cfg.steps // 2):
+                module.train(cfg)
+            raise AssertionError("training ran through an interruption: does every run go through fit()?")
+        except loop.Interrupted:
+            module.train(cfg)
+        whole = replace(cfg, out=Path(folder) / "whole")
+        module.train(whole)
+        for path in sorted(whole.out.rglob("*.safetensors")):
+            twin = cfg.out / path.relative_to(whole.out)
+            assert twin.read_bytes() == path.read_bytes(), f"the resumed run differs from the uninterrupted one in {path.relative_to(whole.out)}"
+        _evaluate(paper, "smoke", cfg, time.monotonic())
+
+
+def record(argv: list[str]) -> None:
+    for slug in argv or [None]:
+        paper = papers.find(slug or "")
+        source = RUNS / paper.slug / "small"
+        found = results.load(source / "results.json")
+        results.save(found, results.RESULTS / f"{paper.slug}.json")
+        shutil.copyfile(source / "figure.svg", results.RESULTS / f"{paper.slug}.svg")
+        print(f"recorded {paper.slug}: {results.tally(found)}")
+    report([])
+
+
+def report(argv: list[str]) -> None:
+    found = results.recorded()
+    overview, sections = [], []
+    for slug in papers.slugs():
+        paper = papers.find(slug)
+        link = f"[{paper.title}](papers/{slug}/README.md)"
+        verdicts = results.tally(found[slug]) if slug in found else "no recorded result"
+        overview.append([f"`{slug}`", f"{link} ({paper.venue} {paper.year})", paper.idea, verdicts])
+        if slug in found:
+            took = f"{found[slug]['seconds'] / 60:.1f} minutes on {found[slug]['hardware']['cores']} cores"
+            table = f"{results.claims_table(found[slug])}\n\n{results.tally(found[slug])}; `just repro {slug}` took {took}."
+            results.between_markers(paper.directory / "README.md", table)
+            sections.append(f"## [{paper.title}](../papers/{slug}/README.md)\n\n{table}\n")
+    results.between_markers(ROOT / "README.md", results.table(["paper", "", "idea", "claims"], overview))
+    head = "# Results\n\nWritten by `just report` from the jsons beside this file, which `just record` takes from `just repro`.\n"
+    results.write(results.RESULTS / "RESULTS.md", "\n".join([head, *sections]))
+    print(f"wrote README.md, results/RESULTS.md and the tables of {len(sections)} papers")
+
+
+def bench(argv: list[str]) -> None:
+    path = results.RESULTS / "bench.json"
+    found = results.load(path) if path.exists() else {}
+    for slug in argv or ["common", *papers.slugs()]:
+        if slug == "common":
+            from common import bench as module
+        else:
+            module = papers.find(slug).module("eval")
+        if hasattr(module, "bench"):
+            found[slug] = module.bench() | {"hardware": results.hardware(), "versions": results.versions(), "commit": results.commit()}
+            results.save(found, path)
+            print(f"{slug}: {found[slug]}")
+        elif argv:
+            raise UserError(f"{slug} has nothing to bench")
+
+
+def data(argv: list[str]) -> None:
+    from common.data import digits, photos, text
+
+    print("Embedded data (comes with the dependencies; hashes of the contents):")
+    for name, value in (photos.hashes() | digits.hashes() | text.hashes()).items():
+        print(f"  {name:<24} {value}")
+    print("Real datasets are read from the directory given with --data; data/README.md has their layouts and sources.")
+
+
+def new(argv: list[str]) -> None:
+    from common import scaffold
+
+    if len(argv) != 1:
+        raise UserError("which name? `just new my_paper`")
+    print(f"wrote {scaffold.scaffold(argv[0])}: fill in paper.toml first, then model.py")
+
+
+COMMANDS = {
+    "list": list_papers, "repro": repro, "train": train, "eval": evaluate, "smoke": smoke, "record": record, "report": report,
+    "bench": bench, "data": data, "new": new,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
