@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import papers, results
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.papers import ROOT, Paper
 
 RUNS = ROOT / "runs"
@@ -43,13 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        print(f"{error.message}\nresume with: just {' '.join([command, *rest])}", file=sys.stderr)
-        return error.code
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(f"{error or 'interrupted'}\nresume with: just {' '.join([command, *rest])}", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------------------------
@@ -96,8 +92,9 @@ def list_papers(argv: list[str]) -> None:
 
 def repro(argv: list[str]) -> None:
     paper, scale, cfg = _options("repro", argv)
-    if (cfg.out / "results.json").exists():
-        cfg = replace(cfg, resume=False)  # the last repro ended: this is a new one, not its continuation
+    if (cfg.out / "results.json").exists():  # the last repro ended: this is a new one, not its continuation
+        for checkpoint in cfg.out.rglob("step-*"):
+            checkpoint.unlink()
         (cfg.out / "results.json").unlink()
     began = time.monotonic()
     paper.module("train").train(cfg)
@@ -159,7 +156,7 @@ def _smoke(paper: Paper) -> None:
             with loop.interrupt_at(cfg.steps // 2):
                 module.train(cfg)
             raise AssertionError("training ran through an interruption: does every run go through fit()?")
-        except loop.Interrupted:
+        except Interrupted:
             module.train(cfg)
         whole = replace(cfg, out=Path(folder) / "whole")
         module.train(whole)

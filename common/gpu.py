@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.config import RunConfig
 from common.errors import UserError
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind peak_memory would print every start and stop
 
 # ---- device and precision -------------------------------------------------------------------------------------------------------------
 
@@ -159,6 +160,8 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int = 5, seconds: float = 0.2) -> dict[str, float]:
     """Median seconds per call of each function, measured in turns so that a change of the machine's load meets all of them."""
+    from torch.utils.benchmark import Timer  # its import looks for a CUDA toolkit, aloud
+
     timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in functions.items()}
     for function in functions.values():
         function()

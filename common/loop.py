@@ -41,17 +41,9 @@ from tqdm import tqdm
 from common import gpu
 from common.config import RunConfig
 from common.data import Batches, to_device
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 
 Loss = Callable[[nn.Module, object], Tensor | dict[str, Tensor]]
-
-
-class Interrupted(Exception):
-    """Training was told to stop and has saved its state; `code` is the exit status a shell expects."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message, code)
-        self.message, self.code = message, code
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------------------------

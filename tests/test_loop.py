@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 from common import loop
 from common.config import RunConfig
 from common.data import Batches
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.gpu import seeded
 from tests import toy
 
@@ -177,7 +177,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, ema):
     toy.train(toy.config(tmp_path / "whole", ema=ema))
     cfg = toy.config(tmp_path / "cut", ema=ema)
     for stop in (7, 8, 19):
-        with pytest.raises(loop.Interrupted) as caught, loop.interrupt_at(stop):
+        with pytest.raises(Interrupted) as caught, loop.interrupt_at(stop):
             toy.train(cfg)
         assert caught.value.code == 130
     toy.train(cfg)
@@ -203,7 +203,7 @@ def test_a_killed_process_is_continued_bit_for_bit(tmp_path):
 
 def test_a_kill_between_the_two_files_leaves_the_older_checkpoint(tmp_path):
     cfg = toy.config(tmp_path)
-    with pytest.raises(loop.Interrupted), loop.interrupt_at(6):
+    with pytest.raises(Interrupted), loop.interrupt_at(6):
         toy.train(cfg)
     save_file({"first.weight": torch.zeros(1)}, tmp_path / "toy/0/step-00000010.safetensors")  # weights of step 10 without their .pt
     toy.train(cfg)
@@ -222,7 +222,7 @@ def test_signals_save_and_stop(tmp_path, number, code):
             return torch.ones(8)
 
     previous = signal.getsignal(number)
-    with pytest.raises(loop.Interrupted, match="stopped after step 1 of 5") as caught:
+    with pytest.raises(Interrupted, match="stopped after step 1 of 5") as caught:
         loop.fit(nn.Linear(8, 1), lambda m, x: m(x).mean(), Batches(Alarm(), 1, 0), toy.config(tmp_path, steps=5, batch=1), "toy/0")
     assert caught.value.code == code and len(weights(tmp_path)) == 2
     assert signal.getsignal(number) is previous
@@ -238,7 +238,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_no_resume_starts_over(tmp_path):
-    with pytest.raises(loop.Interrupted), loop.interrupt_at(6):
+    with pytest.raises(Interrupted), loop.interrupt_at(6):
         toy.train(toy.config(tmp_path, lr=1.0))
     toy.train(toy.config(tmp_path, resume=False))
     toy.train(toy.config(tmp_path / "other"))
@@ -295,7 +295,7 @@ def test_a_nonfinite_loss_stops_and_names_the_last_checkpoint(tmp_path):
 
 
 def interrupted(tmp_path: Path, **fields) -> Path:
-    with pytest.raises(loop.Interrupted), loop.interrupt_at(6):
+    with pytest.raises(Interrupted), loop.interrupt_at(6):
         toy.train(toy.config(tmp_path, **fields))
     return tmp_path / "toy/0/step-00000006.safetensors"
 
