@@ -1,0 +1,60 @@
+"""Image classification datasets in the ImageFolder layout: root/{train,val}/<class>/*.JPEG, as ImageNet is usually unpacked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import UnidentifiedImageError
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import InterpolationMode
+
+from common.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+def image_folder(root: str | Path, split: str, transform: Callable | None = None) -> ImageFolder:
+    """(image, label) pairs of one split, labels in the order of the sorted class names. "val" may be called "validation" on disk.
+
+    Raises UserError for a missing directory, a split without classes, and, on access, for an unreadable image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such directory; it must hold train/<class>/*.JPEG and val/<class>/*.JPEG (see data/README.md)")
+    names = (split, "validation") if split == "val" else (split,)
+    found = next((root / name for name in names if (root / name).is_dir()), None)
+    if found is None:
+        raise UserError(f"{root} has no directory {' or '.join(names)}: it must hold train/<class>/*.JPEG and val/<class>/*.JPEG")
+    try:
+        return ImageFolder(str(found), transform, loader=_load)
+    except FileNotFoundError as error:  # torchvision's for a directory without classes and for a class without images
+        raise UserError(f"{found}: {str(error).splitlines()[0]} Each class is a directory of .JPEG, .jpg or .png files") from None
+
+
+def _load(path: str):
+    try:
+        return default_loader(path)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): delete it or fetch it again") from None
+
+
+def eval_transform(size: int = 224, resize: int = 256) -> Callable:
+    """Shorter side to `resize` (bicubic), centre crop, ImageNet's mean and deviation."""
+    return transforms.Compose(
+        [
+            transforms.Resize(resize, InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def train_transform(size: int = 224) -> Callable:
+    """timm's recipe for vision transformers: random resized crop, RandAugment m9-mstd0.5-inc1, colour jitter 0.4, random erasing 0.25."""
+    from timm.data import create_transform
+
+    return create_transform(
+        size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, re_prob=0.25, re_mode="pixel", interpolation="bicubic"
+    )
