@@ -21,7 +21,7 @@ class RunConfig:
     lr: float = 1e-3  # peak learning rate
     lr_min: float = 0.0  # where the cosine ends; equal to lr: constant
     warmup: float = 0.05  # share of the steps with a rising learning rate
-    weight_decay: float = 0.05  # not on biases and other 1-d parameters
+    weight_decay: float = 0.05  # not on parameters with one axis
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip: float | None = None  # largest gradient norm
     accumulate: int = 1  # micro-batches per step

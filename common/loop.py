@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context, parent_process
@@ -25,7 +26,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -61,11 +61,19 @@ class _Step(nn.Module):
         return terms if isinstance(terms, dict) else {"loss": terms}
 
 
-def fit(model: nn.Module, loss: Loss, batches: Batches, cfg: RunConfig, name: str) -> nn.Module:
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    cfg: RunConfig,
+    name: str,
+    lr_scale: Callable[[str, nn.Parameter], float] = lambda name, parameter: 1.0,
+) -> nn.Module:
     """Train `model` for cfg.steps, or finish the run that an earlier process began; returns it in eval mode (the average if cfg.ema).
 
-    loss(model, batch) gives a scalar or a dict of terms whose sum is the loss. Raises UserError on a non-finite loss and on checkpoints
-    that are damaged or of another run, Interrupted after Ctrl-C or SIGTERM.
+    loss(model, batch) gives a scalar or a dict of terms whose sum is the loss. lr_scale(name, parameter): the factor on cfg.lr for one
+    parameter. Raises UserError on a non-finite loss and on checkpoints that are damaged or of another run, Interrupted after Ctrl-C or
+    SIGTERM.
     """
     if cfg.ema and cfg.shard:
         raise UserError("--ema and --shard do not go together: the average would need a whole second copy on every rank")
@@ -76,7 +84,7 @@ def fit(model: nn.Module, loss: Loss, batches: Batches, cfg: RunConfig, name: st
     module = gpu.distribute(step_module, cfg.shard)
     if cfg.compile:
         module.compile()
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, betas=cfg.betas)
+    optimizer = torch.optim.AdamW(_groups(model, cfg.weight_decay, lr_scale), cfg.lr, cfg.betas)
     schedule = CosineLRScheduler(
         optimizer, cfg.steps, lr_min=cfg.lr_min, warmup_t=round(cfg.warmup * cfg.steps), warmup_prefix=True, t_in_epochs=False
     )  # fmt: skip
@@ -105,6 +113,15 @@ def fit(model: nn.Module, loss: Loss, batches: Batches, cfg: RunConfig, name: st
                 raise Interrupted(f"stopped after step {step + 1} of {cfg.steps}, saved in {run.directory}", 128 + (signalled() or signal.SIGINT))
     progress.close()
     return (ema.module if ema else model).eval()
+
+
+def _groups(model: nn.Module, weight_decay: float, lr_scale: Callable[[str, nn.Parameter], float]) -> list[dict]:
+    """Parameters by learning rate (timm's schedules read `lr_scale`), and by whether they decay: not those with one axis."""
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[lr_scale(name, parameter), parameter.ndim > 1].append(parameter)
+    return [{"params": p, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0} for (scale, decays), p in groups.items()]
 
 
 def _backward(module: nn.Module, micro_batches: list, seed: tuple[int, int], cfg: RunConfig, on: torch.device) -> dict[str, float]:

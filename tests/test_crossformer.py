@@ -160,6 +160,14 @@ def test_published_sizes(name, params, flops):
     assert counter.get_total_flops() / 2e9 == pytest.approx(flops, rel=0.03)
 
 
+@pytest.mark.parametrize("extent", [(32, 48), (33, 46), (30, 35)])
+def test_block_convolutions_are_the_convolutions(extent):
+    embed = crossformer.PatchEmbed((4, 8, 16, 32), 3, 32).double()
+    image = torch.randn(2, 3, *extent, dtype=torch.float64)
+    for proj in embed.projs:
+        close(embed.project(proj, image, (extent[0] // 4, extent[1] // 4)), proj(image), 1e-12)
+
+
 def test_four_maps_at_a_size_that_needs_padding():
     model = CrossFormer(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), num_classes=0).eval()
     maps = model.forward_features(torch.randn(1, 3, 136, 200))
@@ -222,3 +230,38 @@ def test_a_control_sees_every_block_and_an_identity_changes_nothing():
         watched = model(image)
     close(watched, plain, 1e-6)
     assert names == [(0, (8, 8), (8, 1, 16, 16)), (1, (8, 8), (8, 1, 16, 16)), (2, (4, 4), (2, 2, 16, 16))]
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_mean_iou_against_scikit_learn():
+    from sklearn.metrics import jaccard_score
+
+    from papers.crossformer.eval import mean_iou
+
+    predicted, mask = torch.randint(5, (2, 4, 8, 8))
+    expected = 100 * jaccard_score(mask.flatten(), predicted.flatten(), average="macro")
+    assert mean_iou(predicted, mask) == pytest.approx(expected)
+
+
+def test_published_weights_are_evaluated_on_imagenets_layout(tmp_path):
+    """Images of a class are alike, so a network gets all or none of a class right."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from papers.crossformer.eval import evaluate_published
+    from papers.crossformer.train import SCALES
+
+    for name, colour in (("n01", (255, 0, 0)), ("n02", (0, 0, 255))):
+        (tmp_path / "validation" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (260, 300), colour).save(tmp_path / "validation" / name / f"{i}.JPEG")
+    model = CrossFormer(**VARIANTS["T"], num_classes=2)
+    torch.save({"model": model.state_dict()}, tmp_path / "crossformer-t.pth")
+    cfg = replace(SCALES["full"], variant="T", data=str(tmp_path), weights=tmp_path / "crossformer-t.pth", workers=0, device="cpu")
+    found = evaluate_published(cfg)
+    assert found["images"] == 4 and found["top1"] in (0, 50, 100)
+    with pytest.raises(UserError, match="no such directory"):
+        evaluate_published(replace(cfg, data=str(tmp_path / "nowhere")))

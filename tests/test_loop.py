@@ -74,6 +74,21 @@ def test_fit_is_adamw_with_a_warm_cosine(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_parameters_have_their_own_learning_rate(tmp_path):
+    """Adam's first step is lr · sign(gradient): a factor shows in it at once, and 0 freezes."""
+    cfg = toy.config(tmp_path, steps=1, warmup=0.0, weight_decay=0.0, lr_min=1e-3)
+    model = toy.model(cfg)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    scale = lambda name, parameter: {"first": 0.0, "blocks": 0.1}.get(name.split(".")[0], 1.0)
+    loop.fit(model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), Batches(toy.data(), 12, 0), cfg, "toy/0", scale)
+    step = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters()}
+    assert (
+        step["first.weight"] == 0
+        and step["blocks.0.weight"] == pytest.approx(1e-4, rel=0.01)
+        and step["last.weight"] == pytest.approx(1e-3, rel=0.01)
+    )
+
+
 def test_accumulation_changes_nothing(tmp_path):
     toy.train(toy.config(tmp_path / "one", dropout=0.0, noise=0.0))
     toy.train(toy.config(tmp_path / "three", dropout=0.0, noise=0.0, accumulate=3))

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from common.results import content_hash
 
+TRAIN = 1200
+
 
 @dataclass(frozen=True)
-class Digits:
+class Split:
     """Images in [0, 1] with their labels."""
 
     train_images: Float[Tensor, "1200 1 8 8"]
@@ -23,8 +25,8 @@ class Digits:
 
 
 @cache
-def digits(train: int = 1200) -> Digits:
-    """`train` images to learn from and the rest to test on, every class in the same proportion."""
+def digits() -> Split:
+    """1200 images to learn from and 597 to test on, every class in the same proportion."""
     source = load_digits()
     rng = np.random.default_rng(0)
     place = np.empty(len(source.target))  # of an image within its class, from 0 to 1: cutting there keeps the proportions
@@ -34,7 +36,7 @@ def digits(train: int = 1200) -> Digits:
     order = np.argsort(place, kind="stable")
     images = torch.from_numpy(source.images[order]).float().div(16).unsqueeze(1)
     labels = torch.from_numpy(source.target[order]).long()
-    return Digits(images[:train], labels[:train], images[train:], labels[train:])
+    return Split(images[:TRAIN], labels[:TRAIN], images[TRAIN:], labels[TRAIN:])
 
 
 def augmented(images: Float[Tensor, "m 1 h w"], labels: Int[Tensor, "m"], n: int, seed: int) -> tuple[Float[Tensor, "n 1 h w"], Int[Tensor, "n"]]:

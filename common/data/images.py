@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode
 
 from common.errors import UserError
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def image_folder(root: str | Path, split: str, transform: Callable | None = None) -> ImageFolder:
@@ -35,8 +33,13 @@ def image_folder(root: str | Path, split: str, transform: Callable | None = None
 def _load(path: str):
     try:
         return default_loader(path)
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError) as error:  # Pillow's for what is no image, and for a broken PNG
         raise UserError(f"{path} cannot be read as an image ({error}): delete it or fetch it again") from None
+
+
+def imagenet_transform(size: int = 224, resize: int = 256, train: bool = False) -> Callable:
+    """train_transform or eval_transform."""
+    return train_transform(size) if train else eval_transform(size, resize)
 
 
 def eval_transform(size: int = 224, resize: int = 256) -> Callable:
@@ -46,15 +49,15 @@ def eval_transform(size: int = 224, resize: int = 256) -> Callable:
             transforms.Resize(resize, InterpolationMode.BICUBIC),
             transforms.CenterCrop(size),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
     )
 
 
 def train_transform(size: int = 224) -> Callable:
-    """timm's recipe for vision transformers: random resized crop, RandAugment m9-mstd0.5-inc1, colour jitter 0.4, random erasing 0.25."""
-    from timm.data import create_transform
-
+    """timm's recipe for vision transformers: random resized crop and flip, RandAugment m9-mstd0.5-inc1, random erasing 0.25. Its colour
+    jitter of 0.4 acts only where RandAugment is off: timm never applies both.
+    """
     return create_transform(
         size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, re_prob=0.25, re_mode="pixel", interpolation="bicubic"
     )

@@ -4,9 +4,9 @@ import ast
 import hashlib
 import json
 import os
-import platform
+import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,49 +23,65 @@ from common.results import content_hash, write
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids to learn from and, of other documents, to validate on. As a dataset, example i is the window that starts at token i."""
+    """Token ids to learn from and, of other documents, to validate on.
+
+    As a dataset, example i is the window of `context` tokens that starts at token i · max(1, context // 8): windows overlap, so a small
+    corpus is seen at many offsets, and a large one has few enough windows for their order to be shuffled in memory.
+    """
 
     vocab_size: int
-    train: np.ndarray
-    val: np.ndarray
+    train: Int[np.ndarray, "n"]
+    val: Int[np.ndarray, "m"]
     context: int  # tokens a window
-    bytes_per_token: float  # of the validation text: bits per byte = nats per token / ln 2 / bytes_per_token
-    hash: str
+    bytes_per_token: float  # of the validation text: bits per byte = nats per token / ln 2 / bytes_per_token; nan for files of token ids
+    hash: str  # of the text, or of the validation ids
+
+    def __post_init__(self):
+        if (tokens := min(len(self.train), len(self.val))) <= self.context:
+            raise UserError(f"training or validation text has {tokens} tokens, but a window takes {self.context + 1}: give a longer text")
+
+    @property
+    def stride(self) -> int:
+        return max(1, self.context // 8)
 
     def __len__(self) -> int:
-        return len(self.train) - self.context
+        return (len(self.train) - self.context - 1) // self.stride + 1
 
     def batch(self, indices: Int[Tensor, "b"]) -> tuple[Int[Tensor, "b context"], Int[Tensor, "b context"]]:
         """Inputs, and the same tokens one later as targets."""
-        windows = self.train[indices.numpy()[:, None] + np.arange(self.context + 1)]
-        return _split(windows)
+        return _windows(self.train, indices.numpy() * self.stride, self.context)
 
     def val_windows(self) -> tuple[Int[Tensor, "n context"], Int[Tensor, "n context"]]:
         """The validation text cut into windows that share no target."""
-        starts = np.arange(0, len(self.val) - self.context, self.context)
-        return _split(self.val[starts[:, None] + np.arange(self.context + 1)])
+        return _windows(self.val, np.arange(0, len(self.val) - self.context, self.context), self.context)
 
 
-def _split(windows: np.ndarray) -> tuple[Tensor, Tensor]:
-    windows = torch.from_numpy(windows.astype(np.int64))
+def _windows(ids: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
+    windows = torch.from_numpy(ids[starts[:, None] + np.arange(context + 1)].astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
 
 def corpus(name: str = "stdlib", vocab: int = 1024, context: int = 128) -> Corpus:
-    """name: "stdlib" (docstrings of the standard library), "topics" (the language reference), a .txt file, or a directory with train.bin
-    and val.bin (flat uint16 token ids below `vocab`). Text is cut by a byte-level BPE of `vocab` tokens learnt from its training part.
+    """name: "stdlib" (docstrings of the standard library), "topics" (the language reference), a text file, or token ids in nanoGPT's
+    layout: a directory with train.bin and val.bin, or one .bin file. Text is cut by a byte-level BPE of `vocab` tokens learnt from its
+    training part; the ids of a .bin file are below `vocab`, of 16 bits where that suffices and of 32 otherwise.
+
+    Validation is on a tenth: of the documents of the first two, and the end of a single file. Raises UserError for missing or bad files.
     """
+    path = Path(name)
     if name in _EMBEDDED:
-        train, val = _by_document(_EMBEDDED[name]())
-    elif Path(name).is_dir():
-        return _token_files(Path(name), vocab, context)
-    elif Path(name).is_file():
-        text = Path(name).read_text()
-        cut = len(text) * 9 // 10
-        train, val = text[:cut], text[cut:]
-    else:
-        raise UserError(f"--data {name}: give a .txt file, a directory with train.bin and val.bin, or one of {', '.join(_EMBEDDED)}")
-    return _tokenized(train, val, vocab, context)
+        return _tokenized(*_by_document(_EMBEDDED[name]()), vocab, context)
+    if not path.exists():
+        kinds = f"a text file, a directory with nanoGPT's train.bin and val.bin, or one of {', '.join(_EMBEDDED)}"
+        raise UserError(f"--data {name}: no such file; give {kinds} (data/README.md)")
+    if path.is_dir() or path.suffix == ".bin":
+        return _token_files(path, vocab, context)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: convert it, or name it .bin if it holds token ids") from None
+    cut = len(text) * 9 // 10
+    return _tokenized(text[:cut], text[cut:], vocab, context)
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------------------------
@@ -81,13 +97,20 @@ def _topics() -> dict[str, str]:
 @cache
 def _stdlib() -> dict[str, str]:
     """Docstrings of every module of the standard library; parsing them all takes seconds, so the result is kept."""
-    kept = cache_directory() / f"stdlib-{platform.python_version()}.json"
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(_modules(root))
+    listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in files)
+    kept = cache_directory() / f"stdlib-{content_hash(listing.encode())}.json"
     if not kept.exists():
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(p.relative_to(root) for p in root.rglob("*.py") if not {"site-packages", "test", "tests"} & set(p.relative_to(root).parts))
-        documents = {str(path): _docstrings((root / path).read_bytes()) for path in files}
+        documents = {path.relative_to(root).as_posix(): _docstrings(path.read_bytes()) for path in files}
         write(kept, json.dumps({name: text for name, text in documents.items() if text}))
     return json.loads(kept.read_text())
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(source: bytes) -> str:
@@ -103,21 +126,43 @@ _EMBEDDED = {"stdlib": _stdlib, "topics": _topics}
 
 
 def _by_document(documents: dict[str, str]) -> tuple[str, str]:
-    """Training and validation text: a tenth of the documents, chosen by the hash of their names."""
-    held_out = lambda name: hashlib.sha256(name.encode()).digest()[0] < 26
-    parts = ([text for name, text in sorted(documents.items()) if held_out(name) == val] for val in (False, True))
-    train, val = ("\n\n".join(part) for part in parts)
-    return train, val
+    """Training and validation text. Held out are, in the order of their names' hashes, all documents that still fit into a tenth of the
+    text. Paragraphs they share with others (chapters of the language reference repeat each other) are dropped from the training text.
+    """
+    room = sum(map(len, documents.values())) // 10
+    held_out = set()
+    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if len(documents[name]) <= room:
+            held_out.add(name)
+            room -= len(documents[name])
+    val = [paragraph for name in sorted(held_out) for paragraph in _paragraphs(documents[name])]
+    seen = {paragraph for paragraph in val if len(paragraph) >= 40}  # shorter ones are phrases of the language, not copies
+    train = [paragraph for name in sorted(documents.keys() - held_out) for paragraph in _paragraphs(documents[name]) if paragraph not in seen]
+    return "\n\n".join(train), "\n\n".join(val)
 
 
-def _token_files(root: Path, vocab: int, context: int) -> Corpus:
-    for name in ("train.bin", "val.bin"):
-        if not (root / name).is_file():
-            raise UserError(f"{root} has no {name}: put nanoGPT's train.bin and val.bin (flat uint16 token ids) there")
-    train, val = (np.memmap(root / name, np.uint16, "r") for name in ("train.bin", "val.bin"))
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n{2,}", text.strip("\n"))
+
+
+def _token_files(path: Path, vocab: int, context: int) -> Corpus:
+    if path.is_dir():
+        train, val = (_token_file(path / name, vocab) for name in ("train.bin", "val.bin"))
+    else:
+        ids = _token_file(path, vocab)
+        train, val = np.split(ids, [len(ids) * 9 // 10])
     if (largest := int(val.max())) >= vocab:
-        raise UserError(f"{root}/val.bin holds token {largest}, but the vocabulary has {vocab}: set the vocabulary size of the files' tokenizer")
+        raise UserError(f"{path} holds token {largest}, but the vocabulary has {vocab}: set the vocabulary size of its tokenizer (50257 for GPT-2)")
     return Corpus(vocab, train, val, context, float("nan"), content_hash(val))
+
+
+def _token_file(path: Path, vocab: int) -> np.ndarray:
+    kind = np.dtype("<u2" if vocab <= 2**16 else "<u4")
+    if not path.is_file():
+        raise UserError(f"{path} is missing: put nanoGPT's train.bin and val.bin (flat token ids, {kind}) into {path.parent}")
+    if (size := path.stat().st_size) == 0 or size % kind.itemsize:
+        raise UserError(f"{path} has {size} bytes, which are no {kind} token ids (the type for {vocab} tokens): write it again")
+    return np.memmap(path, kind, "r")
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------------------------
@@ -141,8 +186,6 @@ def _tokenized(train: str, val: str, vocab: int, context: int) -> Corpus:
         write(kept, byte_level_bpe([train], vocab).to_str())
     tokenizer = Tokenizer.from_file(str(kept))
     ids = [np.array(tokenizer.encode(text).ids, np.uint16 if vocab <= 2**16 else np.uint32) for text in (train, val)]
-    if len(ids[1]) <= context:
-        raise UserError(f"the validation text has {len(ids[1])} tokens, fewer than one window of {context}: give a longer text")
     return Corpus(tokenizer.get_vocab_size(), *ids, context, len(val.encode()) / len(ids[1]), key)
 
 
