@@ -89,7 +89,7 @@ def _visible(mask, causal, q, k):
     n, m = q.shape[2], k.shape[2]
     if not causal or n == 1:
         return mask
-    triangle = causal_mask(torch.arange(m - n, m, device=q.device), m)
+    triangle = causal_mask(torch.arange(m - n, m, device=q.device), m)[None, None]
     return triangle if mask is None else mask & triangle
 
 
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         """To be called by the block on the residual stream that enters this layer, before its norm."""
         return self._edit("hidden", x)
 
-    def context(self, x: Float[Tensor, "b n c"], ctx: Float[Tensor, "b m c"]) -> Float[Tensor, "b m c"]:
+    def context(self, x: Float[Tensor, "b n c"], ctx: Float[Tensor, "b m e"]) -> Float[Tensor, "b k e"]:
         """To be called on the keys' source before projection; self-attention passes x twice."""
         return self._edit("context", ctx, lambda method, site, ctx: method(site, x, ctx))
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))); act: "gelu" (exact), "gelu_tanh" or any function."""
+    """fc2(act(fc1(x)))."""
 
     def __init__(self, dim: int, hidden: int, act=F.gelu):
         super().__init__()
@@ -63,7 +63,7 @@ def frequencies(dim: int, base: float = 10_000.0, *, dtype=torch.float32, device
     return base ** -(torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
 
 
-def sinusoidal(positions: Float[Tensor, "*n"], dim: int, base: float = 10_000.0, *, cos_first: bool = False) -> Float[Tensor, "*n dim"]:
+def sinusoidal(positions: Real[Tensor, "*n"], dim: int, base: float = 10_000.0, *, cos_first: bool = False) -> Float[Tensor, "*n dim"]:
     """[sin(p f), cos(p f)], two halves; the diffusion models' time embedding puts the cosines first."""
     angle = positions[..., None] * frequencies(dim, base, dtype=torch.promote_types(positions.dtype, torch.float32), device=positions.device)
     halves = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
@@ -76,7 +76,7 @@ def sinusoidal_2d(dim: int, grid: tuple[int, int]) -> Float[Tensor, "n dim"]:
     return torch.cat([sinusoidal(column.flatten(), dim // 2), sinusoidal(row.flatten(), dim // 2)], -1).float()
 
 
-def rotary(positions: Float[Tensor, "*n"], dim: int, base: float = 10_000.0) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
+def rotary(positions: Real[Tensor, "*n"], dim: int, base: float = 10_000.0) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:
     """cos and sin of position · f for the dim/2 planes of a head, as `rotate_half` and `rotate_pairs` take them."""
     angle = positions[..., None] * frequencies(dim, base, device=positions.device)
     return angle.cos(), angle.sin()
@@ -100,7 +100,7 @@ def relative_offsets(size: tuple[int, int]) -> Float[Tensor, "t 2"]:
     return torch.stack(torch.meshgrid(dy, dx, indexing="ij"), -1).flatten(0, 1).float()
 
 
-def relative_index(size: tuple[int, int]) -> Float[Tensor, "n n"]:
+def relative_index(size: tuple[int, int]) -> Int[Tensor, "n n"]:
     """Row of `relative_offsets` that holds the offset (query - key) of each pair of row-major tokens."""
     rows, columns = size
     y, x = (repeat(torch.arange(n), pattern, h=rows, w=columns) for n, pattern in ((rows, "h -> (h w)"), (columns, "w -> (h w)")))
