@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -37,11 +39,6 @@ def _load(path: str):
         raise UserError(f"{path} cannot be read as an image ({error}): delete it or fetch it again") from None
 
 
-def imagenet_transform(size: int = 224, resize: int = 256, train: bool = False) -> Callable:
-    """train_transform or eval_transform."""
-    return train_transform(size) if train else eval_transform(size, resize)
-
-
 def eval_transform(size: int = 224, resize: int = 256) -> Callable:
     """Shorter side to `resize` (bicubic), centre crop, ImageNet's mean and deviation."""
     return transforms.Compose(
@@ -61,3 +58,14 @@ def train_transform(size: int = 224) -> Callable:
     return create_transform(
         size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, re_prob=0.25, re_mode="pixel", interpolation="bicubic"
     )
+
+
+def mixup_cross_entropy(classes: int) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+    """The loss of the same recipe, loss(model, (image, label)): mixup 0.8 or cutmix 1.0, label smoothing 0.1."""
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        image, target = mixup(*batch)
+        return F.cross_entropy(model(image), target)
+
+    return loss

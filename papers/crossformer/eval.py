@@ -29,8 +29,8 @@ def predict(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def accuracy(cfg: Config, model: nn.Module, size: int) -> float:
-    """In percent."""
-    image, label, _ = scene_set(cfg.test_images, 2, size).tensors
+    """In percent; at other sizes than the one trained on, of half as many images."""
+    image, label, _ = scene_set(cfg.test_images if size == cfg.size else cfg.test_images // 2, 2, size).tensors
     return 100 * (predict(model, image) == label).float().mean().item()
 
 
@@ -175,12 +175,14 @@ def figure(details: dict) -> Figure:
     for name, label in (("full", "full attention"), ("lsda", "LSDA, 7 x 7")):
         right.loglog(tokens, 1e3 * np.array(details["cost"][f"{name}_seconds"]), "o-", label=label)
     right.set(xlabel="tokens", ylabel="milliseconds", title="one layer, forward")
+    right.set_xticks(tokens, tokens)
+    right.set_xticks([], minor=True)
     right.legend()
     bias = np.array(details["bias"])[0]
     shown = inset.imshow(bias, extent=(-6.5, 6.5, 6.5, -6.5), cmap="RdBu", vmin=-abs(bias).max(), vmax=abs(bias).max())
     fig.colorbar(shown, ax=inset, shrink=0.7)
     inset.plot([-2.5, 2.5, 2.5, -2.5, -2.5], [-2.5, -2.5, 2.5, 2.5, -2.5], "k-", linewidth=0.8)
-    inset.set(xlabel="dx", ylabel="dy", title="DPB, head 1\n(trained inside the square)")
+    inset.set(xlabel="dx", ylabel="dy", title="DPB of head 1,\ntrained in the square")
     return fig
 
 

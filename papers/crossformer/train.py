@@ -6,7 +6,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from timm.data import Mixup
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -25,7 +24,7 @@ class Config(RunConfig):
     variant: str = "S"  # of the published models, for --data and --weights: T, S, B or L
     size: int = 48  # pixels a side
     train_images: int = 8_192  # scenes to learn from
-    test_images: int = 2_048
+    test_images: int = 1_024
     dim: int = 48  # width of the first of two stages
     heads: tuple[int, int] = (3, 6)
     group: int = 3  # tokens a side
@@ -147,7 +146,7 @@ def train_one(cfg: Config, task: str, variant: str, seed: int) -> None:
     if task == "imagenet":
         dataset = images.image_folder(cfg.data, "train", images.train_transform(cfg.size))
         model = CrossFormer(**VARIANTS[variant], num_classes=len(dataset.classes))
-        fit(model, imagenet_loss(len(dataset.classes)), Batches(dataset, cfg.batch, seed, cfg.workers), cfg, name)
+        fit(model, images.mixup_cross_entropy(len(dataset.classes)), Batches(dataset, cfg.batch, seed, cfg.workers), cfg, name)
         return
     batches = Batches(scene_set(cfg.train_images, 1, cfg.size), cfg.batch, seed)
     if task == "classify":
@@ -165,14 +164,3 @@ def by_fan_in(name: str, parameter: nn.Parameter) -> float:
 def dense(cfg: Config) -> Config:
     """The configuration of the segmentation runs."""
     return replace(cfg, steps=cfg.segment_steps)
-
-
-def imagenet_loss(classes: int):
-    """Cross-entropy with mixup 0.8, cutmix 1.0 and label smoothing 0.1."""
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        image, target = mixup(*batch)
-        return torch.sum(-target * F.log_softmax(model(image), -1), -1).mean()
-
-    return loss
