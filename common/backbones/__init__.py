@@ -1,0 +1,1 @@
+"""The large models that methods are grafted onto, with the parameter names of their published checkpoints."""
