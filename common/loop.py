@@ -151,14 +151,33 @@ def each(function: Callable, jobs: Sequence[tuple], cfg: RunConfig) -> None:
         for job in jobs:
             function(cfg, *job)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool, _stop_signals(_terminate_workers):
-        futures = [pool.submit(function, cfg, *job) for job in jobs]
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool, _stop_signals(_pass_on) as signalled:
+        futures = [pool.submit(_work, function, cfg, job) for job in jobs]
         try:
             for future in futures:
                 future.result()
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Interrupted):
+                _pass_on(signal.SIGTERM)  # the other runs save what they have
             pool.shutdown(cancel_futures=True)
+            if signalled() and not isinstance(error, Interrupted):  # a worker that was not in fit() dies of the signal
+                raise Interrupted("stopped between runs", 128 + signalled()) from None
             raise
+
+
+_stopped = False
+
+
+def _work(function: Callable, cfg: RunConfig, job: tuple) -> None:
+    """One job in a worker. The pool hands out one job ahead, which no longer can be cancelled when a run has been told to stop."""
+    global _stopped
+    if _stopped:
+        raise Interrupted("stopped between runs", 128 + signal.SIGINT)
+    try:
+        function(cfg, *job)
+    except Interrupted:
+        _stopped = True
+        raise
 
 
 def _start_worker() -> None:
@@ -167,7 +186,7 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def _terminate_workers(number: int) -> None:
+def _pass_on(number: int) -> None:
     """Ctrl-C reaches the workers by itself, SIGTERM does not."""
     if number == signal.SIGTERM:
         for worker in active_children():

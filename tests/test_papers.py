@@ -4,8 +4,10 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -160,6 +162,26 @@ def test_mistakes_are_answered_with_one_sentence(args, message, capsys):
 def test_bad_flags_are_named(args):
     done = run("repro", SLUGS[0], *args)
     assert done.returncode == 2 and args[0] in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "whole_group", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, number, whole_group, code):
+    """Two runs at a time: a terminal signals them all, `kill` only the parent."""
+    options = ["--scale", "smoke", "--steps", "1000000", "--seeds", "0", "1", "--processes", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "common.cli", "train", SLUGS[0], *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(logs := list(tmp_path.rglob("metrics.jsonl"))) < 2 or not all(log.read_text() for log in logs):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code and f"resume with: just train {SLUGS[0]} --scale smoke" in stderr and "Traceback" not in stderr, stderr
+    assert len(list(tmp_path.rglob("step-*.pt"))) == 2
+
+
+def test_data_is_listed_with_hashes(capsys):
+    assert cli.main(["data"]) == 0
+    assert re.search(r"digits +[0-9a-f]{16}\n", capsys.readouterr().out)
 
 
 def test_a_broken_paper_toml_is_named(tmp_path, monkeypatch):
