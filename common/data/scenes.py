@@ -79,10 +79,10 @@ CLASSES = tuple(f"coarse {coarse}, fine {fine}" for coarse in FILLS for fine in 
 def scale_mix(n: int, seed: int, size: int = 48, start: int = 0) -> ScaleMix:
     """Images start..start+n-1 of a task that needs the coarse and the fine at once.
 
-    A texture photograph (brick, grass, gravel) or pink noise, overlaid by a coarse pattern with a period of 14-20 pixels, which spans many
-    patches, and one object (a shape of radius 10-17) with a fine pattern of 3-5 pixels, which is inside one: near 2, the limit of the pixel
-    grid, a wave in the wrong phase would vanish. The class is coarse x fine; the object's mask is labelled with the fine pattern. Two to
-    four small plain shapes a 48x48 area distract; shapes, colours, phases, contrasts and a tilt of up to 10 degrees carry nothing.
+    A texture photograph (brick, grass, gravel) or pink noise, overlaid by a coarse pattern with a period of 20-28 pixels, which spans many
+    patches of 4, and one object (a shape of radius 10-17) with a fine pattern of 4-6 pixels, about the size of one. The class is
+    coarse x fine; the object's mask is labelled with the fine pattern. Two to four small plain shapes a 48x48 area distract; shapes, colours,
+    phases, contrasts and a tilt of up to 10 degrees carry nothing.
 
     All sizes are in pixels whatever the size of the image: a larger one shows more, not bigger, so that a network trained at 48 meets at 72
     nothing new but positions. Labels follow the index, so any 16 consecutive images hold all classes. size: 36-511 pixels. Image i does not
