@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Real
 from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
@@ -72,7 +72,7 @@ def image_ids(grid: tuple[int, int], *, device=None) -> Float[Tensor, "n 3"]:
     return torch.cartesian_prod(torch.zeros(1, device=device), rows, columns)
 
 
-def rotary_table(ids: Float[Tensor, "n axes"], dims: tuple[int, ...]) -> Complex[Tensor, "n d"]:
+def rotary_table(ids: Real[Tensor, "n axes"], dims: tuple[int, ...]) -> Complex[Tensor, "n d"]:
     """e^(i · position · f) for the planes of a head, dims[j] / 2 of them for axis j; in float64, for positions times frequencies get large."""
     ids = ids.double()
     angle = torch.cat([ids[:, j, None] * frequencies(dim, dtype=ids.dtype, device=ids.device) for j, dim in enumerate(dims)], -1)
@@ -108,7 +108,7 @@ class Branch:
 
     name: str
     tokens: Float[Tensor, "b n c"]  # text states, or packed latents
-    ids: Float[Tensor, "n 3"]
+    ids: Real[Tensor, "n 3"]
     conditioning: Conditioning
     adapter: str | None = None  # LoRA active in this branch
 
@@ -154,8 +154,8 @@ def each(streams: list[Stream], f: Callable, *columns: list) -> list:
     return results
 
 
-Heads = tuple[Float[Tensor, "b h n d"] | None, Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]  # q (None: only read), k, v
-Mix = Callable[["FluxAttention", dict[str, Heads]], dict[str, Float[Tensor, "b h n d"]]]
+Heads = tuple[Float[Tensor, "b h _ d"] | None, Float[Tensor, "b h _ d"], Float[Tensor, "b h _ d"]]  # q (None: only read), k, v
+Mix = Callable[["FluxAttention", dict[str, Heads]], dict[str, Float[Tensor, "b h _ d"]]]
 
 
 def independent(reader: str, source: str) -> bool:
@@ -174,7 +174,7 @@ class Visible:
     def __init__(self, see: Callable[[str, str], bool] = independent):
         self.see = see
 
-    def __call__(self, attention: "FluxAttention", branches: dict[str, Heads]) -> dict[str, Float[Tensor, "b h n d"]]:
+    def __call__(self, attention: "FluxAttention", branches: dict[str, Heads]) -> dict[str, Float[Tensor, "b h _ d"]]:
         readers = defaultdict(list)  # branches that see the same keys are one attention call
         for reader, (q, _, _) in branches.items():
             if q is not None:
@@ -195,7 +195,7 @@ class Cached:
     cache: dict[int, dict[str, Heads]]  # by layer
     mix: Mix = field(default_factory=Visible)
 
-    def __call__(self, attention: "FluxAttention", branches: dict[str, Heads]) -> dict[str, Float[Tensor, "b h n d"]]:
+    def __call__(self, attention: "FluxAttention", branches: dict[str, Heads]) -> dict[str, Float[Tensor, "b h _ d"]]:
         return self.mix(attention, branches | self.cache[attention.layer])
 
 
@@ -215,7 +215,7 @@ class FluxAttention(Attention):
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6), nn.RMSNorm(dim // heads, eps=1e-6)
 
-    def forward(self, ys: list[Tensor], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b n D"]]:
+    def forward(self, ys: list[Float[Tensor, "b _ D"]], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b _ D"]]:
         sources = self.whole(lambda y: self.context(y, y), ys)
         outputs = mix(self, {name: heads for part in each(streams, self.project, ys, sources) for name, heads in part.items()})
         return [torch.cat([merge_heads(outputs[name]) for name in stream.sizes], 1) for stream in streams]
@@ -251,7 +251,7 @@ class FluxDoubleAttention(FluxAttention):
         self.norm_added_q, self.norm_added_k = nn.RMSNorm(dim // heads, eps=1e-6), nn.RMSNorm(dim // heads, eps=1e-6)
         self.to_out, self.to_add_out = nn.Sequential(nn.Linear(dim, dim)), nn.Linear(dim, dim)
 
-    def forward(self, ys: list[Tensor], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b n D"]]:
+    def forward(self, ys: list[Float[Tensor, "b _ D"]], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b _ D"]]:
         os = super().forward(ys, streams, mix)
         return self.whole(self.output, each(streams, lambda stream, o: (self.to_add_out if stream.is_text else self.to_out)(o), os))
 
@@ -270,7 +270,7 @@ class FluxTransformerBlock(nn.Module):
         self.attn = FluxDoubleAttention(dim, heads, layer)
         self.ff, self.ff_context = FeedForward(dim, 4 * dim), FeedForward(dim, 4 * dim)
 
-    def forward(self, xs: list[Float[Tensor, "b n D"]], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b n D"]]:
+    def forward(self, xs: list[Float[Tensor, "b _ D"]], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b _ D"]]:
         xs = self.attn.whole(self.attn.hidden, xs)
         vectors = each(streams, lambda stream: (self.norm1_context if stream.is_text else self.norm1)(stream.e))
         ys = [modulate(x, shift, scale) for x, (shift, scale, *_) in zip(xs, vectors, strict=True)]
@@ -292,7 +292,7 @@ class FluxSingleTransformerBlock(nn.Module):
         self.proj_out = nn.Linear(5 * dim, dim)
         self.attn = FluxAttention(dim, heads, layer)
 
-    def forward(self, xs: list[Float[Tensor, "b n D"]], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b n D"]]:
+    def forward(self, xs: list[Float[Tensor, "b _ D"]], streams: list[Stream], mix: Mix) -> list[Float[Tensor, "b _ D"]]:
         xs = self.attn.whole(self.attn.hidden, xs)
         vectors = each(streams, lambda stream: self.norm(stream.e))
         ys = [modulate(x, shift, scale) for x, (shift, scale, _) in zip(xs, vectors, strict=True)]
@@ -346,7 +346,7 @@ class Embedder(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
-def time_waves(t: Float[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
+def time_waves(t: Real[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
     """[cos(t f), sin(t f)], f_i = 10000^(-2i/dim).
 
     Exponents and angles are rounded to float32, as when the checkpoints were trained: at t = 1000 it shows. The exp between them is exact,
@@ -428,14 +428,14 @@ class FluxTransformer2DModel(Pretrained, nn.Module):
         """Keys and values of conditions that read only each other, for `Cached`: exact at every timestep and for every image."""
         cache, mix = {}, mix or Visible()
 
-        def recording(attention: FluxAttention, branches: dict[str, Heads]) -> dict[str, Float[Tensor, "b h n d"]]:
+        def recording(attention: FluxAttention, branches: dict[str, Heads]) -> dict[str, Float[Tensor, "b h _ d"]]:
             cache[attention.layer] = {name: (None, k, v) for name, (_, k, v) in branches.items()}
             return mix(attention, branches)
 
         self.run(conditions, recording)
         return cache
 
-    def run(self, branches: list[Branch], mix: Mix) -> tuple[list[Stream], list[Float[Tensor, "b n D"]]]:
+    def run(self, branches: list[Branch], mix: Mix) -> tuple[list[Stream], list[Float[Tensor, "b _ D"]]]:
         """All blocks; the streams and their final states."""
         if len({branch.name for branch in branches}) < len(branches):
             raise ValueError(f"each branch needs a name of its own, got {[branch.name for branch in branches]}")

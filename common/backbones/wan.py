@@ -21,7 +21,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float, Real
 from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
@@ -152,7 +152,7 @@ class WanConditionEmbedding(nn.Module):
         self.text_embedder = Embedder(c.text_dim, dim, partial(F.gelu, approximate="tanh"))
         self.image_embedder = None if c.image_dim is None else WanImageEmbedding(c.image_dim, dim)
 
-    def time(self, timestep: Float[Tensor, "b"], dtype: torch.dtype) -> tuple[Float[Tensor, "b 1 D"], Float[Tensor, "b 6 D"]]:
+    def time(self, timestep: Real[Tensor, "b"], dtype: torch.dtype) -> tuple[Float[Tensor, "b 1 D"], Float[Tensor, "b 6 D"]]:
         """e and W silu(e)."""
         e = self.time_embedder(time_waves(timestep, self.freq_dim).to(dtype))
         return e[:, None], self.time_proj(F.silu(e)).unflatten(1, (6, -1))
@@ -180,7 +180,7 @@ class WanTransformer3DModel(Pretrained, nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "b c T H W"],
-        timestep: Float[Tensor, "b"] | Int[Tensor, "b"],
+        timestep: Real[Tensor, "b"],
         encoder_hidden_states: Float[Tensor, "b m text"],
         encoder_hidden_states_image: Float[Tensor, "b i clip"] | None = None,
     ) -> Float[Tensor, "b out T H W"]:
