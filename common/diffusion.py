@@ -219,7 +219,8 @@ def flow_sigmas(steps: int, shift: float = 1.0, grid: Literal["plain", "library"
     plain: from 1 in equal steps; what pipelines pass to a scheduler.
     library: diffusers' FlowMatchEulerDiscreteScheduler left alone: from 1 to shifted(1/1000) in equal steps, all of which are then shifted,
     so that the end is shifted twice.
-    unipc: diffusers' UniPCMultistepScheduler with flow sigmas: from 0.999 in equal steps.
+    unipc: Wan's, and that of UniPCMultistepScheduler with flow sigmas up to diffusers 0.35 (later ones go from 1 to 0.001): from 0.999 in
+    equal steps. The model is given the integer part of 1000 σ.
     """
     if grid == "library":
         last = shifted(1 / 1000, shift)

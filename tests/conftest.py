@@ -1,13 +1,13 @@
-"""One thread per worker; the shape annotations of the shared layers are checked while the tests run."""
+"""Every test runs on one thread, for xdist gives each core a worker, and from the same seed."""
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+from common import gpu
 
 torch.set_num_threads(1)
-install_import_hook(["common.attention", "common.layers"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    gpu.seed_everything(0)
