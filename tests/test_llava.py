@@ -43,7 +43,7 @@ def test_full_pass(case, dtype, tmp_path):
     close = lambda ours, name: torch.testing.assert_close(ours, t[name + suffix], **tolerances)
     model = Llava.from_pretrained(published(case, tmp_path), dtype=dtype)
     ids, mask, real = t["in.input_ids"], t["in.attention_mask"], t["in.attention_mask"].bool()
-    pixels = t["in.pixel_values"].to(dtype).requires_grad_()
+    pixels = t["in.pixel_values"].to(dtype, copy=True).requires_grad_()
     depth = model.config.vision_config.num_hidden_layers
     close(torch.stack([model.vision_tower(pixels, i) for i in range(depth + 1)]), "out.vision_hidden_states")
     close(model.image_features(pixels), "out.image_features")
@@ -101,7 +101,9 @@ def test_transformers_files_load_and_agree(tmp_path):
     text = transformers.LlamaConfig(
         vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, eos_token_id=7
     )
-    config = transformers.LlavaConfig(vision, text, image_token_index=199, vision_feature_select_strategy="full", vision_feature_layer=-1)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=199, vision_feature_select_strategy="full", vision_feature_layer=-1
+    )
     theirs = transformers.LlavaForConditionalGeneration(config).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -147,10 +149,10 @@ def test_a_batch_equals_its_rows():
 
 
 def test_an_identity_control_changes_nothing():
-    model, pixels, ids = small(), torch.randn(1, 3, 16, 16), prompt(2, 4)[None]
+    model, pixels, ids = small().double(), torch.randn(1, 3, 16, 16, dtype=torch.float64), prompt(2, 4)[None]
     plain = model(ids, pixels)
     with controlled(model, Identity()):
-        torch.testing.assert_close(model(ids, pixels), plain, rtol=0, atol=1e-6 * plain.abs().max().item())
+        torch.testing.assert_close(model(ids, pixels), plain, rtol=0, atol=1e-9)
     with controlled(model, Record(), where=lambda site: site.name.startswith("language_model.")) as record:
         model(ids, pixels)
     assert len(record.maps) == 3
