@@ -56,7 +56,7 @@ def attend(
     """
     if causal and q.shape[2] == k.shape[2] and mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    mask = _visible(mask, causal, q, k)
+    mask = _visible(mask, causal, q.shape[2], k.shape[2], q.device)
     if bias is not None:
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -84,12 +84,11 @@ def masked_softmax(s: Float[Tensor, "b h n m"], mask: Bool[Tensor, "#b #h #n m"]
     return p.masked_fill(~mask, 0).to(s.dtype)
 
 
-def _visible(mask, causal, q, k):
-    """The boolean mask with the causal one folded in."""
-    n, m = q.shape[2], k.shape[2]
+def _visible(mask, causal, n, m, device):
+    """The boolean mask of n queries and m keys with the causal one folded in."""
     if not causal or n == 1:
         return mask
-    triangle = causal_mask(torch.arange(m - n, m, device=q.device), m)[None, None]
+    triangle = causal_mask(torch.arange(m - n, m, device=device), m)[None, None]
     return triangle if mask is None else mask & triangle
 
 
@@ -187,6 +186,10 @@ class Attention(nn.Module):
         self.step: int | None = None
         self.controls: tuple[_Bound, ...] = ()
 
+    def __getstate__(self) -> dict:
+        """A copy of a controlled model is not controlled."""
+        return self.__dict__ | {"controls": ()}
+
     def hidden(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """To be called by the block on the residual stream that enters this layer, before its norm."""
         return self._edit("hidden", x)
@@ -202,15 +205,18 @@ class Attention(nn.Module):
         """
         if not self.controls:
             return attend(q, k, v, mask=mask, bias=bias, causal=causal, scale=scale)
-        mask = _visible(mask, causal, q, k)
+        n, m = q.shape[2], k.shape[2]
         q, k, v = self._edit("qkv", (q, k, v), lambda method, site, qkv: method(site, *qkv))
-        mask, bias = _fit(mask, k.shape[2], True), _fit(bias, k.shape[2], 0.0)
-        if self._defines("logits") or self._defines("weights"):
+        explicit = self._defines("logits") or self._defines("weights")
+        if explicit or k.shape[2] != m:  # else the kernel's own causal mask serves
+            mask, causal = _visible(mask, causal, n, m, q.device), False
+        mask, bias = _fit(mask, m, k.shape[2], True), _fit(bias, m, k.shape[2], 0.0)
+        if explicit:
             s = self._edit("logits", attention_logits(q, k, bias=bias, scale=scale))
             p = self._edit("weights", masked_softmax(s, mask))
-            o = p @ _per_query_head(v, q.shape[1])
+            o = p.to(v.dtype) @ _per_query_head(v, q.shape[1])
         else:
-            o = attend(q, k, v, mask=mask, bias=bias, scale=scale)
+            o = attend(q, k, v, mask=mask, bias=bias, causal=causal, scale=scale)
         return self._edit("heads", o, lambda method, site, o: method(site, o, q))
 
     def output(self, y: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
@@ -221,7 +227,7 @@ class Attention(nn.Module):
         for bound in self.controls:
             # looked up on the class: a control that is a module may have a submodule called `heads` or `output`
             method = getattr(type(bound.control), stage, None)
-            if method is not None:
+            if callable(method):
                 site = Site(bound.name, self.kind, self.layer, self.heads, self.grid, self.step)
                 if bound.where(site):
                     yield method.__get__(bound.control), site
@@ -237,13 +243,13 @@ class Attention(nn.Module):
         return value
 
 
-def _fit(x: Tensor | None, m: int, fill) -> Tensor | None:
-    """Widen a mask or bias to m keys."""
-    if x is None or x.shape[-1] in (1, m):
+def _fit(x: Tensor | None, keys: int, m: int, fill) -> Tensor | None:
+    """Widen a mask or bias from `keys` keys to m; one that is the same for all keys stays as it is."""
+    if x is None or m == keys or (x.shape[-1] == 1 and keys > 1):
         return x
-    if x.shape[-1] > m:
-        raise ValueError(f"a control left {m} of {x.shape[-1]} keys of a masked attention call: mask keys in `logits` instead of dropping them")
-    return F.pad(x, (0, m - x.shape[-1]), value=fill)
+    if m < keys:
+        raise ValueError(f"a control left {m} of {keys} keys of a masked attention call: mask keys in `logits` instead of dropping them")
+    return F.pad(x, (0, m - keys), value=fill)
 
 
 @contextmanager
@@ -253,7 +259,7 @@ def controlled(model: nn.Module, control: Any, where: Callable[[Site], bool] = l
     Controls nest: the outer one acts first. They are removed on leaving, by an exception too. Raises ValueError for a model without
     `Attention` layers and for a control that defines no stage.
     """
-    if not any(hasattr(type(control), stage) for stage in STAGES):
+    if not any(callable(getattr(type(control), stage, None)) for stage in STAGES):
         raise ValueError(f"{type(control).__name__} defines none of the stages {', '.join(STAGES)}")
     bounds = {layer: _Bound(control, where, name) for name, layer in model.named_modules() if isinstance(layer, Attention)}
     if not bounds:

@@ -85,13 +85,13 @@ def rotary(positions: Real[Tensor, "*n"], dim: int, base: float = 10_000.0) -> t
 def rotate_half(x: Float[Tensor, "b h n two_d"], cos: Float[Tensor, "*n d"], sin: Float[Tensor, "*n d"]) -> Float[Tensor, "b h n two_d"]:
     """Rotary embedding whose planes are (i, i + d/2): the Llama layout."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
 
 
 def rotate_pairs(x: Float[Tensor, "b h n two_d"], cos: Float[Tensor, "*n d"], sin: Float[Tensor, "*n d"]) -> Float[Tensor, "b h n two_d"]:
     """Rotary embedding whose planes are the neighbours (2i, 2i + 1): the RoFormer and Flux layout."""
     a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
 def relative_offsets(size: tuple[int, int]) -> Float[Tensor, "t 2"]:

@@ -143,9 +143,9 @@ class Llava(Pretrained, nn.Module):
         return name
 
 
-NEWER_NAMES = (  # pattern in the memory, and some files, of transformers 4.52 and later -> replacement
+NEWER_NAMES = (  # pattern in the memory and the files of newer versions of transformers -> replacement
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
     (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
 )
