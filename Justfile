@@ -40,6 +40,10 @@ record +papers:
 bench *papers:
     @{{atlas}} bench {{papers}}
 
+# train a small checkpoint of data/checkpoints from scratch: just pretrain tiny-sd
+pretrain *args:
+    @{{atlas}} pretrain {{args}}
+
 # what data the default runs use, and where real datasets go
 data:
     @{{atlas}} data

@@ -10,6 +10,7 @@
     bench  [PAPER ...]         measure the efficiency figures into results/bench.json
     data                       what data the default runs use, with hashes
     new    PAPER               start a paper directory
+    pretrain NAME [options]    train a small checkpoint of data/checkpoints from scratch
 
 Options are --scale (smoke, small, full) and the fields of the paper's Config: `atlas repro PAPER --help` lists them.
 """
@@ -18,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failed smoke test, 2 for bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    asked = not {"-h", "--help"}.isdisjoint(rest) and command not in ("repro", "train", "eval")
+    asked = not {"-h", "--help"}.isdisjoint(rest) and command not in ("repro", "train", "eval", "pretrain")
     if command in ("-h", "--help", "help") or asked:
         print(__doc__)
         return 0
@@ -51,16 +53,32 @@ def main(argv: list[str] | None = None) -> int:
 # ---- options --------------------------------------------------------------------------------------------------------------------------
 
 
-def _options(command: str, argv: list[str], scale: str = "small"):
+def _options(command: str, argv: list[str]):
     """(paper, scale, Config) from `PAPER [--scale S] [--field value ...]`."""
-    import tyro
+    slug, rest = _subject(command, argv, "PAPER", "which paper? `just {} PAPER`; `just list` names them")
+    paper = papers.find(slug)
+    scale, cfg = _config(
+        f"just {command} {slug}", f"{paper.title}: {paper.idea}", paper.directory / "train.py", rest, lambda: paper.module("train").SCALES,
+        lambda scale: RUNS / paper.slug / scale,
+    )  # fmt: skip
+    return paper, scale, cfg
 
+
+def _subject(command: str, argv: list[str], kind: str, question: str) -> tuple[str, list[str]]:
+    """What the command is about, and the options after it."""
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: just {command} PAPER [--scale smoke|small|full] [options]\n\nThe options are the paper's own: just {command} PAPER --help")
+        print(f"usage: just {command} {kind} [--scale SCALE] [options]\n\nThe options are its own: just {command} {kind} --help")
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"which paper? `just {command} PAPER`; `just list` names them")
-    paper, rest = papers.find(argv[0]), list(argv[1:])
+        raise UserError(question.format(command))
+    return argv[0], argv[1:]
+
+
+def _config(prog: str, about: str, file: Path, argv: list[str], scales_of: Callable[[], dict], out: Callable[[str], Path]):
+    """(scale, Config) from `[--scale S] [--field value ...]`; `file` holds Config and SCALES."""
+    import tyro
+
+    scale, rest = "small", list(argv)
     if "--scale" in rest:
         at = rest.index("--scale")
         if at + 1 == len(rest):
@@ -68,14 +86,14 @@ def _options(command: str, argv: list[str], scale: str = "small"):
         scale = rest[at + 1]
         del rest[at : at + 2]
     # the options are parsed twice: first without torch, so that --help and mistakes answer at once
-    for load in (papers.config, lambda slug: (None, paper.module("train").SCALES)):
-        _, scales = load(paper.slug)
+    for load in (lambda: papers.config(file)[1], scales_of):
+        scales = load()
         if scale not in scales:
-            raise UserError(f"{paper.slug} has no scale {scale!r}: take one of {', '.join(scales)}")
-        default = replace(scales[scale], out=RUNS / paper.slug / scale)
-        description = f"{paper.title}: {paper.idea}\n\nDefaults of --scale {scale}; others: {', '.join(s for s in scales if s != scale)}."
-        cfg = tyro.cli(type(default), default=default, args=rest, prog=f"just {command} {paper.slug} [--scale SCALE]", description=description)
-    return paper, scale, cfg
+            raise UserError(f"{prog} has no scale {scale!r}: take one of {', '.join(scales)}")
+        default = replace(scales[scale], out=out(scale))
+        description = f"{about}\n\nDefaults of --scale {scale}; others: {', '.join(s for s in scales if s != scale)}."
+        cfg = tyro.cli(type(default), default=default, args=rest, prog=f"{prog} [--scale SCALE]", description=description)
+    return scale, cfg
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------------------------
@@ -230,9 +248,21 @@ def new(argv: list[str]) -> None:
     print(f"wrote {scaffold.scaffold(argv[0])}: fill in paper.toml first, then model.py")
 
 
+def pretrain(argv: list[str]) -> None:
+    from common.pretrain import file_of, names, recipe
+
+    name, rest = _subject("pretrain", argv, "NAME", f"which checkpoint? `just {{}} NAME`, one of {', '.join(names())}")
+    about = "Train it from scratch into data/checkpoints, and measure it."
+    _, cfg = _config(f"just pretrain {name}", about, file_of(name), rest, lambda: recipe(name).SCALES, lambda scale: RUNS / name / scale)
+    from common.pretrain import shipping
+
+    found = shipping.run(name, cfg, " ".join(["just pretrain", *argv]))
+    print(f"{found['seconds']:.0f} s; {found['quality']}")
+
+
 COMMANDS = {
     "list": list_papers, "repro": repro, "train": train, "eval": evaluate, "smoke": smoke, "record": record, "report": report,
-    "bench": bench, "data": data, "new": new,
+    "bench": bench, "data": data, "new": new, "pretrain": pretrain,
 }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ class RunConfig:
 
     @property
     def paper(self) -> str:
-        """Whose config this is: the paper's slug."""
-        return type(self).__module__.removeprefix("papers.").split(".")[0]
+        """Whose config this is: the paper's slug, or a small checkpoint's recipe."""
+        return type(self).__module__.removeprefix("papers.").removeprefix("common.pretrain.").split(".")[0]
 
     def fingerprint(self) -> dict:
         """What a checkpoint must agree on to be continued."""

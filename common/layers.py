@@ -105,3 +105,19 @@ def relative_index(size: tuple[int, int]) -> Int[Tensor, "n n"]:
     rows, columns = size
     y, x = (repeat(torch.arange(n), pattern, h=rows, w=columns) for n, pattern in ((rows, "h -> (h w)"), (columns, "w -> (h w)")))
     return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
+
+
+# ---- initialisation -------------------------------------------------------------------------------------------------------------------
+
+
+def init_by_fan_in(model: nn.Module) -> nn.Module:
+    """Draw all matrices, kernels and tables with variance 1 / fan-in; a token reads one row of a table, so that its fan-in is 1.
+
+    The usual deviation of 0.02 suits widths of thousands and leaves a narrow model on a plateau for most of a short training.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+    return model

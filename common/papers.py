@@ -111,16 +111,15 @@ def find(slug: str) -> Paper:
 _LIGHT = ("dataclasses", "pathlib", "typing", "common.config", "__future__")
 
 
-def config(slug: str) -> tuple[type, dict[str, object]]:
+def config(path: Path) -> tuple[type, dict[str, object]]:
     """(Config, SCALES) of a paper's train.py, without importing what else the file imports: --help must not wait for torch."""
-    path = PAPERS / slug / "train.py"
     wanted = []
     for node in ast.parse(path.read_text(), str(path)).body:
         names = [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
         light_import = isinstance(node, ast.ImportFrom) and node.module in _LIGHT
         if light_import or (isinstance(node, ast.ClassDef) and node.name == "Config") or "SCALES" in names:
             wanted.append(node)
-    module = types.ModuleType(f"papers.{slug}.config")
+    module = types.ModuleType(f"papers.{path.parent.name}.config")
     module.__file__ = str(path)  # tyro reads the fields' comments from the source
     sys.modules[module.__name__] = module
     try:

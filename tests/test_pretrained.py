@@ -28,6 +28,7 @@ class Small(Pretrained, nn.Module):
 
     def __init__(self, config: SmallConfig):
         super().__init__()
+        self.config = config
         self.embed, self.head = nn.Embedding(5, config.width), nn.Linear(config.width, 5, bias=False)
         self.norm = nn.LayerNorm(config.width)
         self.register_buffer("table", torch.arange(4.0), persistent=False)
@@ -101,11 +102,26 @@ def test_training_leaves_the_file_alone(sharded):
 
 def test_the_shipped_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)
-    with pytest.raises(UserError, match=r"test_pretrained.json and test_pretrained.safetensors are not there: no small Small ships"):
+    with pytest.raises(UserError, match="no small Small ships"):
         Small.from_pretrained("tiny")
-    save_file(WEIGHTS, tmp_path / "test_pretrained.safetensors")
-    (tmp_path / "test_pretrained.json").write_text('{"config": {"width": 3}, "seed": 0, "steps": 900}')
-    assert torch.equal(Small.from_pretrained("tiny").embed.weight, WEIGHTS["model.embed.weight"])
+    monkeypatch.setattr(Small, "tiny", "tiny-small")
+    with pytest.raises(UserError, match="no small Small ships"):
+        Small.from_pretrained("tiny")
+    (tmp_path / "tiny-small").mkdir()
+    write(tmp_path / "tiny-small", {"model.safetensors": {name: t.half() if t.is_floating_point() else t for name, t in WEIGHTS.items()}})
+    loaded = Small.from_pretrained("tiny")
+    assert torch.equal(loaded.embed.weight, WEIGHTS["model.embed.weight"].half().float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_weights_load(tmp_path, tied):
+    model = Small(SmallConfig(width=4, tied=tied))
+    model.steps += 7
+    model.save_pretrained(tmp_path / "new", torch.bfloat16)
+    loaded = Small.from_pretrained(tmp_path / "new")
+    assert (loaded.head.weight is loaded.embed.weight) == tied
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].equal(tensor.bfloat16() if tensor.is_floating_point() else tensor), name
 
 
 def test_hub_ids(sharded, monkeypatch):

@@ -237,7 +237,7 @@ def test_validation_finds_what_reading_does_not(clip, backend):
 def test_validation_is_stricter_than_decoding(tmp_path):
     def decodes(path) -> bool:
         with av.open(str(path)) as file, contextlib.suppress(av.FFmpegError):
-            return [frame.is_corrupt for frame in file.decode(video=0)] == [False] * 60
+            return len(list(file.decode(video=0))) == 60
         return False
 
     path = tmp_path / "clip.mp4"

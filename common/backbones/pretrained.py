@@ -7,12 +7,13 @@ shard, so that loading needs little more memory than the model. Nothing is unpic
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import UserError
@@ -25,6 +26,7 @@ class Pretrained:
     """Mixin of a backbone whose constructor takes one `config_class`, a dataclass with the fields of the published config.json."""
 
     config_class: type
+    tiny: str = ""  # folder of the small one that ships, below data/checkpoints
 
     @classmethod
     def from_config(cls, config: dict) -> Self:
@@ -39,9 +41,11 @@ class Pretrained:
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> Self:
         """source: a directory, a hub id such as "llava-hf/llava-1.5-7b-hf" with or without a folder behind it ("owner/name/unet"), or
-        "tiny" for the small checkpoint that ships, named like the model's module. dtype: default as stored. Raises UserError.
+        "tiny" for the small checkpoint that ships. dtype: default as stored, and float32 for "tiny". Raises UserError.
         """
-        config, files = _tiny(cls) if source == "tiny" else _published(source)
+        if source == "tiny":
+            source, dtype = _tiny(cls), dtype or torch.float32
+        config, files = _published(source)
         with _parameters_on_meta():
             model = cls.from_config(config)
         names = {file: _renamed(file, cls) for file in files}
@@ -55,6 +59,14 @@ class Pretrained:
             owner, _, leaf = alias.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(name))
         return model.eval()
+
+    def save_pretrained(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, which from_pretrained reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        ties = _ties(self)
+        weights = {name: _cast(t, dtype).contiguous() for name, t in self.state_dict().items() if name not in ties}
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
     def init_weights(self) -> None:
         """For training from scratch: N(0, 0.02) matrices and tables, zero biases; norms stay 1 and 0."""
@@ -84,13 +96,11 @@ def accept(config, **supported) -> None:
 # ---- finding the files ----------------------------------------------------------------------------------------------------------------
 
 
-def _tiny(cls: type[Pretrained]) -> tuple[dict, list[Path]]:
-    """Configuration and weights of the shipped checkpoint; the configuration is one entry of its json, which tells where it comes from."""
-    name = cls.__module__.rpartition(".")[2]
-    origin, weights = (CHECKPOINTS / f"{name}{suffix}" for suffix in (".json", ".safetensors"))
-    if not (origin.is_file() and weights.is_file()):
-        raise UserError(f"{origin} and {weights.name} are not there: no small {cls.__name__} ships, give the directory or hub id of a published one")
-    return _json(origin)["config"], [weights]
+def _tiny(cls: type[Pretrained]) -> Path:
+    directory = CHECKPOINTS / cls.tiny
+    if not cls.tiny or not directory.is_dir():
+        raise UserError(f"no small {cls.__name__} ships in {CHECKPOINTS}: give the directory or hub id of a published one")
+    return directory
 
 
 def _published(source: str | Path) -> tuple[dict, list[Path]]:

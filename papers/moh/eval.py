@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.loop import load_named, load_run, load_weights, read_safetensors
 from common.results import Measured, content_hash
 from papers.moh.model import Budget, DiT, DotAttention, LlamaForCausalLM, MoHAttention, rows_of, run_sparse, take
-from papers.moh.train import DIFFUSION, DITS, NOISE, TEXT, TRANSNEXT, VISION, Config, build, digit_set, published, run_config
+from papers.moh.train import DIFFUSION, DITS, NOISE, TEXT, TRANSNEXT, VISION, Config, build, corpus, digit_set, published, run_config
 
 # LLaMA3-8B's heads, half of them at its 2 shared to 1 routed, and half of them evenly
 TIMED = {"75%": Budget(32, 16, 8), "50%": Budget(32, 11, 5), "50%, half shared": Budget(32, 8, 8)}
@@ -36,13 +36,13 @@ def evaluate(cfg: Config) -> Measured:
     vision = {variant: [classification(cfg, variant, seed, *test) for seed in cfg.seeds] for variant in VISION}
     accuracy = {variant: [run["accuracy"] for run in runs] for variant, runs in vision.items()}
     error = {variant: [noise_error(cfg, variant, seed, *test) for seed in cfg.seeds[: cfg.few_seeds]] for variant in DIFFUSION}
-    corpus = text.corpus(context=cfg.context)
+    english = corpus(cfg)
     loss = {
-        variant: [text_loss(load(cfg, "text", variant, seed), corpus) for seed in cfg.seeds[: cfg.few_seeds]]
+        variant: [text_loss(load(cfg, "text", variant, seed), english) for seed in cfg.seeds[: cfg.few_seeds]]
         for variant in [*TEXT, "continued", "converted"]
     }
     parameters = router_shares(cfg)
-    times = {"all threads": latency(cfg.lengths, gpu.device(cfg))}
+    times = {"all threads": latency(cfg.lengths, gpu.device(cfg), cfg.timed_head_dim, cfg.repeats)}
     layer = ratio(times["all threads"]["layer"], "50%")
     shares = np.array([accuracy[v] for v in ("shared_1", "moh_75", "shared_3", "shared_4")])
     values = {
@@ -66,14 +66,14 @@ def evaluate(cfg: Config) -> Measured:
         "accuracy": accuracy,
         "noise_error": error,
         "text_loss": loss,
-        "converted_untuned": [untuned_loss(cfg, seed, corpus) for seed in cfg.seeds[: cfg.few_seeds]],
+        "converted_untuned": [untuned_loss(cfg, seed, english) for seed in cfg.seeds[: cfg.few_seeds]],
         "recovery": recovery(cfg),
         "routing": {v: [{k: run[k] for k in run if k != "accuracy"} for run in vision[v]] for v in ("moh_75", "unbalanced")},
         "parameters": parameters,
         "times": times,
         "lengths": list(cfg.lengths),
     }
-    return Measured(values, details, {"digits test": content_hash(*test), "text": corpus.hash})
+    return Measured(values, details, {"digits test": content_hash(*test), "text": english.hash})
 
 
 def gain(found: dict[str, list[float]], method: str, baseline: str) -> list[float]:
@@ -143,22 +143,23 @@ def noise_error(cfg: Config, variant: str, seed: int, image: Float[Tensor, "n 1 
 
 
 @torch.inference_mode()
-def text_loss(model: nn.Module, corpus: text.Corpus) -> float:
+def text_loss(model: nn.Module, english: text.Corpus) -> float:
     """Nats a token over the whole validation text."""
-    ids, targets = corpus.val_windows()
+    ids, targets = english.val_windows()
+    at_a_time = max(1, 4096 // english.context)
     on = next(model.parameters()).device
     losses = [
         F.cross_entropy(model(i.to(on)).flatten(0, 1), t.to(on).flatten(), reduction="sum").item()
-        for i, t in zip(ids.split(32), targets.split(32), strict=True)
+        for i, t in zip(ids.split(at_a_time), targets.split(at_a_time), strict=True)
     ]
     return sum(losses) / targets.numel()
 
 
-def untuned_loss(cfg: Config, seed: int, corpus: text.Corpus) -> float:
+def untuned_loss(cfg: Config, seed: int, english: text.Corpus) -> float:
     """Right after the conversion."""
     model = build(cfg, "text", "converted").to(gpu.device(cfg)).eval()
     model.load_state_dict(load(cfg, "text", "mha", seed).state_dict())
-    return text_loss(model, corpus)
+    return text_loss(model, english)
 
 
 def recovery(cfg: Config) -> list[float]:
@@ -187,20 +188,21 @@ def router_shares(cfg: Config) -> dict[str, tuple[int, float]]:
 
 
 @torch.inference_mode()
-def latency(lengths: tuple[int, ...], on: torch.device, repeats: int = 9) -> dict[str, dict[str, list[float]]]:
-    """Seconds of one layer of 32 heads x 64 at each length: multi-head attention and the exact sparse execution of MoH.
+def latency(lengths: tuple[int, ...], on: torch.device, head_dim: int = 64, repeats: int = 9) -> dict[str, dict[str, list[float]]]:
+    """Seconds of one layer of 32 heads at each length: multi-head attention and the exact sparse execution of MoH.
 
     "layer": with all projections and the router; "attention": queries, keys and values given. Routers are random, which spreads the load
     about as evenly as a trained one with eq. 7.
     """
     torch.manual_seed(0)
-    mha = MultiHeadAttention(2048, 32).to(on)
-    moh = {name: run_sparse(DotAttention(2048, budget)).to(on) for name, budget in TIMED.items()}
+    dim = 32 * head_dim
+    mha = MultiHeadAttention(dim, 32).to(on)
+    moh = {name: run_sparse(DotAttention(dim, budget)).to(on) for name, budget in TIMED.items()}
     found: dict[str, dict[str, list[float]]] = {"layer": {}, "attention": {}}
     for length in lengths:
-        x = torch.randn(1, length, 2048, device=on)
+        x = torch.randn(1, length, dim, device=on)
         layers = {name: partial(layer, x) for name, layer in {"MHA": mha, **moh}.items()}
-        attention = {"MHA": partial(mha.attend, *torch.randn(3, 1, 32, length, 64, device=on))}
+        attention = {"MHA": partial(mha.attend, *torch.randn(3, 1, 32, length, head_dim, device=on))}
         attention |= {name: attention_alone(layer, x) for name, layer in moh.items()}
         for part, functions in (("layer", layers), ("attention", attention)):
             for name, seconds in gpu.alternate(functions, repeats, seconds=0.02).items():

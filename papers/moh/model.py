@@ -366,7 +366,7 @@ def vit(size: int, channels: int, patch: int, dim: int, budgets: Sequence[Budget
     body = {"class_token": False, "global_pool": "avg", "fc_norm": False, "depth": 0, "num_heads": budgets[0].heads}
     model = VisionTransformer(size, patch, channels, classes, embed_dim=dim, **body)
     model.blocks = nn.Sequential(*(Block(dim, DotAttention(dim, b, layer=i), Mlp(dim, int(dim * mlp_ratio))) for i, b in enumerate(budgets)))
-    initialise(model, partial(trunc_normal_, std=0.02))
+    initialise(model, partial(nn.init.normal_, std=0.02))
     return model
 
 

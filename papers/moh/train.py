@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -20,6 +19,7 @@ from common.data import Batches, digits, images, text
 from common.diffusion import Schedule
 from common.errors import UserError
 from common.gpu import seed_everything
+from common.layers import init_by_fan_in
 from common.loop import each, fit, load_run
 from papers.moh.model import AggregatedAttention, Block, Budget, CosineAttention, DiT, LlamaForCausalLM, balance_loss, initialise, vit
 
@@ -37,18 +37,21 @@ class Config(RunConfig):
     context: int = 128  # tokens
     text_steps: int = 250
     text_batch: int = 8
-    text_lr: float = 3e-3
+    text_lr: float = 1e-2
+    vocab: int = 512  # of the byte-level BPE
     few_seeds: int = 3  # the first of the seeds, for the text and the diffusion runs
     tune: float = 0.15  # share of text_steps after the conversion
     lengths: tuple[int, int, int, int] = (128, 256, 512, 1024)  # tokens of the timed layers
+    timed_head_dim: int = 64  # their head width
+    repeats: int = 9  # of each timing
 
 
 SCALES = {
     "smoke": Config(
         seeds=(0,), steps=4, batch=8, dim=16, depth=2, text_dim=16, text_depth=1, context=16, text_steps=4,
-        text_batch=2, tune=1.0, lengths=(2, 4, 8, 16), processes=1,
+        text_batch=2, tune=1.0, lengths=(2, 4, 8, 16), timed_head_dim=2, repeats=1, processes=1,
     ),
-    "small": Config(seeds=(0, 1, 2, 3, 4), steps=400, batch=32, lr=2e-3),
+    "small": Config(seeds=(0, 1, 2, 3, 4), steps=400, batch=32, lr=8e-3),
     "full": Config(seeds=(0,), steps=375_300, batch=1024, lr=1e-3, lr_min=1e-5, warmup=5 / 300, clip=1.0, workers=8, save_every=1 / 300),
 }  # fmt: skip
 
@@ -127,7 +130,7 @@ class TransNeXt(nn.Module):
             setattr(self, f"block{s}", blocks)
             setattr(self, f"norm{s}", nn.LayerNorm(dim, eps=1e-6))
         self.head = nn.Linear(dims[-1], classes)
-        initialise(self, partial(trunc_normal_, std=0.02))
+        initialise(self, partial(nn.init.normal_, std=0.02))
 
     def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b classes"]:
         for s in range(1, 5):
@@ -157,15 +160,19 @@ def published(variant: str, classes: int = 1000, drop_path: float = 0.0) -> nn.M
 def build(cfg: Config, task: str, variant: str) -> nn.Module:
     """A small model."""
     if task == "vision":
-        return vit(8, 1, 2, cfg.dim, [VISION[variant]] * cfg.depth, 10, mlp_ratio=2)
+        return init_by_fan_in(vit(8, 1, 2, cfg.dim, [VISION[variant]] * cfg.depth, 10, mlp_ratio=2))
     if task == "diffusion":
         budgets = [DIFFUSION[variant]] * (cfg.depth - 1) + [Budget(8) if variant == "mha" else Budget(8, 8)]
         return DiT(8, 1, 2, cfg.dim, budgets, classes=10, mlp_ratio=2, learn_sigma=False)
     budget = CONVERTED if variant == "converted" else TEXT["mha" if variant == "continued" else variant]
-    return LlamaForCausalLM(text.corpus(context=cfg.context).vocab_size, cfg.text_dim, 8 * cfg.text_dim // 3, [budget] * cfg.text_depth)
+    return init_by_fan_in(LlamaForCausalLM(corpus(cfg).vocab_size, cfg.text_dim, 8 * cfg.text_dim // 3, [budget] * cfg.text_depth))
 
 
 # ---- data and losses --------------------------------------------------------------------------------------------------------------------
+
+
+def corpus(cfg: Config) -> text.Corpus:
+    return text.corpus(vocab=cfg.vocab, context=cfg.context)
 
 
 @cache
@@ -205,11 +212,9 @@ TASKS = {"vision": classify, "diffusion": denoise, "text": predict}
 
 def train(cfg: Config) -> None:
     if cfg.data:
-        each(train_imagenet, [(seed,) for seed in cfg.seeds], cfg)
-        return
+        return each(train_imagenet, [(seed,) for seed in cfg.seeds], cfg)
     few = cfg.seeds[: cfg.few_seeds]
-    jobs = [("text", variant, seed) for variant in TEXT for seed in few]
-    jobs += [("diffusion", variant, seed) for variant in DIFFUSION for seed in few]
+    jobs = [(task, variant, seed) for task, variants in (("text", TEXT), ("diffusion", DIFFUSION)) for variant in variants for seed in few]
     jobs += [("vision", variant, seed) for variant in VISION for seed in cfg.seeds]
     each(train_one, jobs, cfg)
     each(train_one, [("text", variant, seed) for variant in ("continued", "converted") for seed in few], cfg)
@@ -219,13 +224,12 @@ def train_one(cfg: Config, task: str, variant: str, seed: int) -> None:
     seed_everything(seed)
     model, data_seed = build(cfg, task, variant), seed
     if variant in ("continued", "converted"):
-        source = load_run(build(cfg, "text", "mha"), run_config(cfg, "text", "mha"), f"text/mha/{seed}")
-        model.load_state_dict(source.state_dict())  # no parameter is new
+        load_run(model, run_config(cfg, "text", "mha"), f"text/mha/{seed}")  # no parameter is new
         data_seed = 1000 + seed  # windows in an order they have not been seen in
-    beta = 0.0 if variant == "unbalanced" else cfg.beta
-    dataset = text.corpus(context=cfg.context) if task == "text" else digit_set("train")
+    loss = objective(0.0 if variant == "unbalanced" else cfg.beta, TASKS[task])
+    dataset = corpus(cfg) if task == "text" else digit_set("train")
     cfg = run_config(cfg, task, variant)
-    fit(model, objective(beta, TASKS[task]), Batches(dataset, cfg.batch, data_seed), cfg, f"{task}/{variant}/{seed}")
+    fit(model, loss, Batches(dataset, cfg.batch, data_seed), cfg, f"{task}/{variant}/{seed}")
 
 
 def run_config(cfg: Config, task: str, variant: str) -> Config:
