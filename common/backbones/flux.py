@@ -383,6 +383,7 @@ class FluxTransformer2DModel(Pretrained, nn.Module):
     """Velocity of packed latents."""
 
     config_class = FluxConfig
+    tiny = "tiny-flux/transformer"
 
     def __init__(self, config: FluxConfig):
         super().__init__()

@@ -165,6 +165,7 @@ class WanTransformer3DModel(Pretrained, nn.Module):
     """Velocity of video latents."""
 
     config_class = WanConfig
+    tiny = "tiny-wan/transformer"
 
     def __init__(self, config: WanConfig):
         super().__init__()

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from common.backbones import pretrained
 from common.errors import UserError
 from common.results import content_hash, write
 
@@ -35,6 +36,7 @@ class Corpus:
     context: int  # tokens a window
     bytes_per_token: float  # of the validation text: bits per byte = nats per token / ln 2 / bytes_per_token; nan for files of token ids
     hash: str  # of the text, or of the validation ids
+    tokenizer: Tokenizer | None = None  # that cut the text; None for files of token ids
 
     def __post_init__(self):
         if (tokens := min(len(self.train), len(self.val))) <= self.context:
@@ -61,16 +63,16 @@ def _windows(ids: np.ndarray, starts: np.ndarray, context: int) -> tuple[Tensor,
     return windows[:, :-1], windows[:, 1:]
 
 
-def corpus(name: str = "stdlib", vocab: int = 1024, context: int = 128) -> Corpus:
+def corpus(name: str = "stdlib", vocab: int = 1024, context: int = 128, tokenizer: Tokenizer | None = None) -> Corpus:
     """name: "stdlib" (docstrings of the standard library), "topics" (the language reference), a text file, or token ids in nanoGPT's
-    layout: a directory with train.bin and val.bin, or one .bin file. Text is cut by a byte-level BPE of `vocab` tokens learnt from its
-    training part; the ids of a .bin file are below `vocab`, of 16 bits where that suffices and of 32 otherwise.
+    layout: a directory with train.bin and val.bin, or one .bin file. Text is cut by `tokenizer`, or else by a byte-level BPE of `vocab`
+    tokens learnt from its training part; the ids of a .bin file are below `vocab`, of 16 bits where that suffices and of 32 otherwise.
 
     Validation is on a tenth: of the documents of the first two, and the end of a single file. Raises UserError for missing or bad files.
     """
     path = Path(name)
     if name in _EMBEDDED:
-        return _tokenized(*_by_document(_EMBEDDED[name]()), vocab, context)
+        return _tokenized(*_by_document(_EMBEDDED[name]()), vocab, context, tokenizer)
     if not path.exists():
         kinds = f"a text file, a directory with nanoGPT's train.bin and val.bin, or one of {', '.join(_EMBEDDED)}"
         raise UserError(f"--data {name}: no such file; give {kinds} (data/README.md)")
@@ -81,7 +83,7 @@ def corpus(name: str = "stdlib", vocab: int = 1024, context: int = 128) -> Corpu
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it, or name it .bin if it holds token ids") from None
     cut = len(text) * 9 // 10
-    return _tokenized(text[:cut], text[cut:], vocab, context)
+    return _tokenized(text[:cut], text[cut:], vocab, context, tokenizer)
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------------------------
@@ -178,15 +180,28 @@ def byte_level_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer(source: str | Path) -> Tokenizer:
+    """That of a checkpoint: a directory with tokenizer.json, or the name of a small one that ships, as "tiny-lm". Raises UserError."""
+    file = (Path(source) if Path(source).is_dir() else pretrained.CHECKPOINTS / source) / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a directory with a tokenizer.json, or the name of a checkpoint in {pretrained.CHECKPOINTS}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(f"{file} is not a tokenizer of the tokenizers library ({error}): fetch it again") from None
+
+
 @cache
-def _tokenized(train: str, val: str, vocab: int, context: int) -> Corpus:
+def _tokenized(train: str, val: str, vocab: int, context: int, tokenizer: Tokenizer | None) -> Corpus:
     key = content_hash(train.encode(), val.encode())
-    kept = cache_directory() / f"bpe-{key}-{vocab}.json"
-    if not kept.exists():
-        write(kept, byte_level_bpe([train], vocab).to_str())
-    tokenizer = Tokenizer.from_file(str(kept))
-    ids = [np.array(tokenizer.encode(text).ids, np.uint16 if vocab <= 2**16 else np.uint32) for text in (train, val)]
-    return Corpus(tokenizer.get_vocab_size(), *ids, context, len(val.encode()) / len(ids[1]), key)
+    if tokenizer is None:
+        kept = cache_directory() / f"bpe-{key}-{vocab}.json"
+        if not kept.exists():
+            write(kept, byte_level_bpe([train], vocab).to_str())
+        tokenizer = Tokenizer.from_file(str(kept))
+    size = tokenizer.get_vocab_size()
+    ids = [np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16 if size <= 2**16 else np.uint32) for text in (train, val)]
+    return Corpus(size, *ids, context, len(val.encode()) / len(ids[1]), key, tokenizer)
 
 
 def cache_directory() -> Path:

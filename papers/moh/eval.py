@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common import gpu
-from common.attention import MultiHeadAttention
+from common.attention import MultiHeadAttention, split_heads
 from common.data import images, text
 from common.errors import UserError
 from common.loop import load_named, load_run, load_weights, read_safetensors
@@ -202,8 +202,8 @@ def latency(lengths: tuple[int, ...], on: torch.device, head_dim: int = 64, repe
     for length in lengths:
         x = torch.randn(1, length, dim, device=on)
         layers = {name: partial(layer, x) for name, layer in {"MHA": mha, **moh}.items()}
-        attention = {"MHA": partial(mha.attend, *torch.randn(3, 1, 32, length, head_dim, device=on))}
-        attention |= {name: attention_alone(layer, x) for name, layer in moh.items()}
+        q, k, v = (split_heads(proj(x), 32) for proj in (mha.q_proj, mha.k_proj, mha.v_proj))
+        attention = {"MHA": partial(mha.attend, q, k, v)} | {name: attention_alone(layer, x) for name, layer in moh.items()}
         for part, functions in (("layer", layers), ("attention", attention)):
             for name, seconds in gpu.alternate(functions, repeats, seconds=0.02).items():
                 found[part].setdefault(name, []).append(seconds)
