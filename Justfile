@@ -37,8 +37,8 @@ record +papers:
     @{{atlas}} record {{papers}}
 
 # measure the efficiency figures into results/bench.json
-bench *papers:
-    @{{atlas}} bench {{papers}}
+bench *names:
+    @{{atlas}} bench {{names}}
 
 # train a small checkpoint of data/checkpoints from scratch: just pretrain tiny-sd
 pretrain *args:

@@ -7,7 +7,7 @@
     smoke  [PAPER ...]         train, interrupt, resume and evaluate at the smallest scale
     record PAPER ...           make the last repro the reference under results/
     report                     write the tables of the READMEs and results/RESULTS.md from results/
-    bench  [PAPER ...]         measure the efficiency figures into results/bench.json
+    bench  [NAME ...]          measure the efficiency figures of papers, common or backbones into results/bench.json
     data                       what data the default runs use, with hashes
     new    PAPER               start a paper directory
     pretrain NAME [options]    train a small checkpoint of data/checkpoints from scratch
@@ -15,6 +15,7 @@
 Options are --scale (smoke, small, full) and the fields of the paper's Config: `atlas repro PAPER --help` lists them.
 """
 
+import importlib
 import shutil
 import sys
 import tempfile
@@ -218,17 +219,15 @@ def report(argv: list[str]) -> None:
 def bench(argv: list[str]) -> None:
     path = results.RESULTS / "bench.json"
     found = results.load(path) if path.exists() else {}
-    for slug in argv or ["common", *papers.slugs()]:
-        if slug == "common":
-            from common import bench as module
-        else:
-            module = papers.find(slug).module("eval")
+    ours = {"common": "common.bench", "backbones": "common.backbones.bench"}
+    for name in argv or [*ours, *papers.slugs()]:
+        module = importlib.import_module(ours[name]) if name in ours else papers.find(name).module("eval")
         if hasattr(module, "bench"):
-            found[slug] = module.bench() | {"hardware": results.hardware(), "versions": results.versions(), "commit": results.commit()}
+            found[name] = module.bench() | {"hardware": results.hardware(), "versions": results.versions(), "commit": results.commit()}
             results.save(found, path)
-            print(f"{slug}: {found[slug]}")
+            print(f"{name}: {found[name]}")
         elif argv:
-            raise UserError(f"{slug} has nothing to bench")
+            raise UserError(f"{name} has nothing to bench")
 
 
 def data(argv: list[str]) -> None:
