@@ -97,11 +97,11 @@ def _per_query_head(x: Float[Tensor, "b kv m d"], heads: int) -> Float[Tensor, "
 
 
 def split_heads(x: Float[Tensor, "b n hd"], heads: int) -> Float[Tensor, "b h n d"]:
-    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(o: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n hd"]:
-    return rearrange(o, "b h n d -> b n (h d)")
+    return o.transpose(1, 2).flatten(2)
 
 
 # ---- masks: each takes the positions of the query rows, so that a subset of the rows is masked like the whole -------------------------
