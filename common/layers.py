@@ -1,5 +1,7 @@
 """The standard parts around attention: norms, MLPs, position and patch embeddings. DropPath and trunc_normal_ come from timm.layers."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -74,6 +76,17 @@ def sinusoidal_2d(dim: int, grid: tuple[int, int]) -> Float[Tensor, "n dim"]:
     """The fixed table of ViT and DiT: the first half of the width from the column index, the second from the row index; row-major tokens."""
     row, column = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     return torch.cat([sinusoidal(column.flatten(), dim // 2), sinusoidal(row.flatten(), dim // 2)], -1).float()
+
+
+def time_waves(t: Real[Tensor, "*n"], dim: int) -> Float[Tensor, "*n dim"]:
+    """[cos(t f), sin(t f)], f_i = 10000^(-2i/dim).
+
+    Exponents and angles are rounded to float32, as when the checkpoints were trained: at t = 1000 it shows. The exp between them is exact,
+    for its float32 versions differ between machines.
+    """
+    exponent = torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2))
+    angle = t[..., None].float() * exponent.double().exp().float()
+    return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 def rotary(positions: Real[Tensor, "*n"], dim: int, base: float = 10_000.0) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d"]]:

@@ -8,8 +8,9 @@ from torch.nn.functional import pad
 from common.attention import controlled
 from common.backbones.bert import Bert, BertConfig, BertEncoder, CrossEncoder
 from common.errors import UserError
+from tests.controls import Identity, Record
 from tests.goldens import cases
-from tests.test_llama import Identity, Record, published, tolerance
+from tests.test_llama import published, tolerance
 
 CASES = pytest.mark.parametrize("case", cases("_bert"), ids=lambda case: case.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

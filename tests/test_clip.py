@@ -17,8 +17,9 @@ from common.backbones.clip import (
     to_open_clip,
 )
 from common.errors import UserError
+from tests.controls import Identity, Record
 from tests.goldens import cases
-from tests.test_llama import Identity, Record, tolerance
+from tests.test_llama import tolerance
 
 CASES = pytest.mark.parametrize("case", cases("_clip_map"), ids=lambda case: case.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

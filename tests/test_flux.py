@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from common.attention import STAGES, attend, controlled
 from common.backbones.flux import Branch, Cached, Conditioning, FluxConfig, FluxTransformer2DModel, Visible, image_ids, pack, rotary_table, unpack
 from common.lora import add_lora, merge, unmerge
+from tests.controls import Identity
 from tests.goldens import cases
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -26,38 +27,6 @@ SMALL = FluxConfig(
     axes_dims_rope=(4, 4, 4),
 )
 GRID = (3, 4)
-
-
-class Identity:
-    """All seven stages, each passing on what it gets, and a count of the calls."""
-
-    def __init__(self):
-        self.calls = Counter()
-
-    def hidden(self, site, x):
-        return self.passed("hidden", site, x)
-
-    def context(self, site, x, ctx):
-        return self.passed("context", site, ctx)
-
-    def qkv(self, site, q, k, v):
-        return self.passed("qkv", site, (q, k, v))
-
-    def logits(self, site, s):
-        return self.passed("logits", site, s)
-
-    def weights(self, site, p):
-        return self.passed("weights", site, p)
-
-    def heads(self, site, o, q):
-        return self.passed("heads", site, o)
-
-    def output(self, site, y):
-        return self.passed("output", site, y)
-
-    def passed(self, stage, site, value):
-        self.calls[stage, site] += 1
-        return value
 
 
 def build(case, dtype):

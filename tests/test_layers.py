@@ -20,6 +20,7 @@ from common.layers import (
     rotate_pairs,
     sinusoidal,
     sinusoidal_2d,
+    time_waves,
 )
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -183,3 +184,11 @@ def test_relative_positions_against_loops(size):
     for i, (y, x) in enumerate(tokens):
         for j, (key_y, key_x) in enumerate(tokens):
             assert offsets[index[i, j]].tolist() == [y - key_y, x - key_x]
+
+
+def test_time_waves():
+    """By the formula in float64; the angles go up to 1000, so float32 leaves an error of about 1e-4."""
+    t = torch.tensor([[0.0, 999.0], [1.0, 20.0]])
+    j = torch.arange(160, dtype=torch.float64)
+    angle = t.double()[..., None] * 10_000 ** (-j / 160)
+    torch.testing.assert_close(time_waves(t, 320).double(), torch.cat([angle.cos(), angle.sin()], -1), rtol=0, atol=2e-4)

@@ -10,42 +10,12 @@ from safetensors.torch import save_file
 from common.attention import STAGES, controlled
 from common.backbones.llama import Cache, Llama, LlamaConfig, rope_frequencies
 from common.errors import UserError
+from tests.controls import Identity, Record
 from tests.goldens import cases
 
 CASES = pytest.mark.parametrize("case", cases("_llama") + cases("_qwen2"), ids=lambda case: f"{case.path.parent.name}-{case.name}")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 SMALL = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-
-
-class Record:
-    """The residual stream at the entry of each layer, and the attention weights."""
-
-    def __init__(self):
-        self.states, self.maps = [], []
-
-    def hidden(self, site, x):
-        self.states.append(x)
-
-    def weights(self, site, p):
-        self.maps.append(p)
-
-
-class Identity:
-    """All stages, changing nothing."""
-
-    def hidden(self, site, x):
-        return x.clone()
-
-    def context(self, site, x, ctx):
-        return ctx.clone()
-
-    def qkv(self, site, q, k, v):
-        return q.clone(), k.clone(), v.clone()
-
-    def heads(self, site, o, q):
-        return o.clone()
-
-    logits = weights = output = hidden
 
 
 def tolerance(case, dtype):

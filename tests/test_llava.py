@@ -8,8 +8,9 @@ from common.attention import controlled
 from common.backbones.clip import CLIPVisionConfig
 from common.backbones.llama import Cache, LlamaConfig
 from common.backbones.llava import Llava, LlavaConfig, Role, up_to
+from tests.controls import Identity, Record
 from tests.goldens import cases
-from tests.test_llama import Identity, Record, left_padded, published, tolerance
+from tests.test_llama import left_padded, published, tolerance
 
 CASES = pytest.mark.parametrize("case", cases("_llava"), ids=lambda case: case.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from common.attention import STAGES, controlled
 from common.backbones.motion import AnimateDiffTransformer3D, UNetMotionConfig, UNetMotionModel, published_name
 from common.backbones.sd_unet import UNet2DConditionModel
+from tests.controls import Identity
 from tests.goldens import cases
-from tests.test_flux import Identity
 from tests.test_sd_unet import SMALL
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

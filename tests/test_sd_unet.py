@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from common.attention import STAGES, controlled
-from common.backbones.sd_unet import UNet2DConditionModel, UNetConfig, published_name, waves
+from common.backbones.sd_unet import UNet2DConditionModel, UNetConfig, published_name
 from common.errors import UserError
+from tests.controls import Identity
 from tests.goldens import cases
-from tests.test_flux import Identity
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 CASES = [case for name in ("_sd_unet", "_tiny_sd") for case in cases(name) if "UNet2DConditionModel" in case.meta["reference"]]
@@ -284,14 +284,6 @@ def test_one_timestep_for_all():
     model, inputs = random_model(SMALL), random_inputs(SMALL)
     expected = model(**inputs | {"timestep": torch.tensor([400, 400])})
     torch.testing.assert_close(model(**inputs | {"timestep": torch.tensor(400)}), expected)
-
-
-def test_waves():
-    """By the formula in float64; the angles go up to 1000, so float32 leaves an error of about 1e-4."""
-    t = torch.tensor([0.0, 999.0])
-    j = torch.arange(160, dtype=torch.float64)
-    angle = t.double()[:, None] * 10_000 ** (-j / 160)
-    torch.testing.assert_close(waves(t, 320).double(), torch.cat([angle.cos(), angle.sin()], -1), rtol=0, atol=2e-4)
 
 
 def test_half_precision():

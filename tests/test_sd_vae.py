@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from common.attention import STAGES, controlled
 from common.backbones.sd_vae import AutoencoderConfig, AutoencoderKL, published_name
+from tests.controls import Identity
 from tests.goldens import cases
-from tests.test_flux import Identity
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 CASES = [case for name in ("_sd_vae", "_tiny_sd") for case in cases(name) if "AutoencoderKL" in case.meta["reference"]]

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from common.attention import STAGES, controlled
 from common.backbones.wan import WanConfig, WanTransformer3DModel, published_name, rotary_table
+from tests.controls import Identity
 from tests.goldens import cases
-from tests.test_flux import Identity
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 CASES = [case for case in cases("_wan") if "WanTransformer3DModel" in case.meta["module"]]  # its neighbours are schedulers

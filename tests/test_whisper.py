@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from common.attention import STAGES, controlled
 from common.backbones.whisper import WhisperConfig, WhisperForConditionalGeneration
+from tests.controls import Identity
 from tests.goldens import cases
-from tests.test_flux import Identity
 
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 2e-4}, torch.float64: {"rtol": 1e-8, "atol": 1e-9}}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])

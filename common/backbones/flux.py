@@ -19,7 +19,6 @@ can be computed once:
     model.velocity([text, image], Cached(cache))
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
 from common.backbones.pretrained import Pretrained
-from common.layers import frequencies
+from common.layers import frequencies, time_waves
 from common.lora import adapter
 
 
@@ -344,17 +343,6 @@ class Embedder(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b D"]:
         return self.linear_2(self.act(self.linear_1(x)))
-
-
-def time_waves(t: Real[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
-    """[cos(t f), sin(t f)], f_i = 10000^(-2i/dim).
-
-    Exponents and angles are rounded to float32, as when the checkpoints were trained: at t = 1000 it shows. The exp between them is exact,
-    for its float32 versions differ between machines.
-    """
-    exponent = torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2))
-    angle = t.float()[:, None] * exponent.double().exp().float()
-    return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 class ConditioningEmbedding(nn.Module):

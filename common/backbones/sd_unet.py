@@ -16,7 +16,6 @@ The site of an attention call has as `layer` the number of its transformer block
 7-15 up), shared by A₁ ("self") and A₂ ("cross"), and the size of its map as `grid`.
 """
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
 from common.backbones.pretrained import Pretrained
+from common.layers import time_waves
 
 
 @dataclass
@@ -202,13 +202,6 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def waves(t: Float[Tensor, "*n"] | Int[Tensor, "*n"], dim: int) -> Float[Tensor, "*n dim"]:
-    """[cos(t f), sin(t f)], f_j = 10000^(-2j/dim), in float32: at t = 1000 its rounding shows, and the checkpoints were trained with it."""
-    exponent = -math.log(10_000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
-    angle = t[..., None].float() * exponent.exp()
-    return torch.cat([angle.cos(), angle.sin()], -1)
-
-
 # ---- the levels ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +274,7 @@ class UpBlock(Block):
 class UNet2DConditionModel(Pretrained, nn.Module):
     """Noise, velocity or sample, from noisy latents, timestep and prompt."""
 
-    config_class = UNetConfig
+    config_class, tiny = UNetConfig, "tiny-sd/unet"
     blocks = DownBlock, MidBlock, UpBlock
 
     def __init__(self, config: UNetConfig):
@@ -335,12 +328,12 @@ class UNet2DConditionModel(Pretrained, nn.Module):
 
     def embedding(self, dtype: torch.dtype, timestep: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None) -> Float[Tensor, "#b e"]:
         """e."""
-        e = self.time_embedding(waves(timestep.reshape(-1), self.config.block_out_channels[0]).to(dtype))
+        e = self.time_embedding(time_waves(timestep.reshape(-1), self.config.block_out_channels[0]).to(dtype))
         if self.config.addition_embed_type is None:
             return e
         if text_embeds is None or time_ids is None:
             raise ValueError("SD XL is conditioned on sizes too: pass text_embeds (the pooled prompt) and time_ids (six sizes, see forward)")
-        sizes = waves(time_ids, self.config.addition_time_embed_dim).flatten(1)
+        sizes = time_waves(time_ids, self.config.addition_time_embed_dim).flatten(1)
         return e + self.add_embedding(torch.cat([text_embeds, sizes.to(dtype)], -1))
 
     @classmethod

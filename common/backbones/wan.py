@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
 from common.backbones import flux
-from common.backbones.flux import Embedder, FeedForward, modulate, rotate, time_waves, wide
+from common.backbones.flux import Embedder, FeedForward, modulate, rotate, wide
 from common.backbones.pretrained import Pretrained
+from common.layers import time_waves
 
 
 @dataclass
