@@ -190,12 +190,13 @@ def test_original_names():
 
 
 def test_from_pretrained(tmp_path):
-    """An old directory of diffusers', whose attention has other names, with the scale in its configuration."""
+    """An old directory, whose attention has other names and 1x1 convolutions, with the scale in its configuration."""
     model = random_model(SD)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = lambda name: re.sub(r"to_(q|k|v|out\.0)", lambda match: names[match[0]], name)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **vars(SD), "scaling_factor": 0.13025}))
-    save_file({old(name): t for name, t in model.state_dict().items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    as_kernel = lambda t: t[..., None, None].clone() if t.ndim == 2 else t
+    save_file({old(name): as_kernel(t) for name, t in model.state_dict().items()}, tmp_path / "diffusion_pytorch_model.safetensors")
     image = torch.randn(1, 3, 8, 8)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.encode(image), model.encode(image) * 0.13025 / 0.18215)

@@ -51,9 +51,10 @@ class Pretrained:
         names = {file: _renamed(file, cls) for file in files}
         ties = _ties(model)
         _check(model, names, ties)
+        shapes = {name: t.shape for name, t in model.state_dict().items()}
         for file, renamed in names.items():
             with safe_open(file, "pt") as shard:
-                weights = {ours: _cast(shard.get_tensor(name), dtype) for name, ours in renamed.items()}
+                weights = {ours: _cast(shard.get_tensor(name), dtype).reshape(shapes[ours]) for name, ours in renamed.items()}
             model.load_state_dict(weights, strict=False, assign=True)
         for alias, name in ties.items():
             owner, _, leaf = alias.rpartition(".")
@@ -203,7 +204,7 @@ def _check(model: nn.Module, names: dict[Path, dict[str, str]], ties: dict[str, 
                 seen.add(mine)
                 if mine not in ours:
                     problems.append(f"{name} is not in the model")
-                elif ours[mine] != shape:
+                elif _without_trailing_ones(ours[mine]) != _without_trailing_ones(shape):
                     problems.append(f"{name} is {shape}, not {ours[mine]}")
     problems = [f"{name} is missing" for name in ours if name not in seen | ties.keys()] + problems
     if problems:
@@ -211,3 +212,10 @@ def _check(model: nn.Module, names: dict[Path, dict[str, str]], ties: dict[str, 
         raise UserError(
             f"{next(iter(names)).parent} does not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}. Is it a checkpoint of this model?"
         )
+
+
+def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What counts of a shape: old files store some projections as 1x1 convolutions."""
+    while shape[-1:] == (1,):
+        shape = shape[:-1]
+    return shape

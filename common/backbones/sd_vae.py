@@ -50,7 +50,6 @@ class PixelAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.to_q, self.to_k, self.to_v = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
-        self.register_load_state_dict_pre_hook(_flatten_projections)
 
     def forward(self, h: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
         self.grid = (h.shape[2], h.shape[3])
@@ -60,13 +59,6 @@ class PixelAttention(Attention):
         q, k, v = (split_heads(t, self.heads) for t in (self.to_q(y), self.to_k(context), self.to_v(context)))
         x = x + self.output(self.to_out(merge_heads(self.attend(q, k, v))))
         return x.mT.unflatten(2, self.grid)
-
-
-def _flatten_projections(module: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """The original release stores the projections as 1x1 convolutions."""
-    for name in state:
-        if name.startswith(prefix + "to_") and name.endswith("weight"):
-            state[name] = state[name].flatten(1)
 
 
 class PaddedDownsample2D(nn.Module):
