@@ -207,11 +207,3 @@ def test_parts_of_other_models_are_left():
     for name in ("model.diffusion_model.out.2.bias", "cond_stage_model.model.ln_final.bias", "loss.logvar", "alphas_cumprod"):
         assert AutoencoderKL.rename(name) is None
     assert AutoencoderKL.rename("first_stage_model.quant_conv.bias") == "quant_conv.bias"
-
-
-def test_projections_stored_as_convolutions():
-    model = random_model(SD)
-    state = {name: t[..., None, None] if ".to_" in name and name.endswith("weight") else t for name, t in model.state_dict().items()}
-    other = AutoencoderKL(SD)
-    other.load_state_dict(state)
-    assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
