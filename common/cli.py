@@ -213,7 +213,19 @@ def report(argv: list[str]) -> None:
     results.between_markers(ROOT / "README.md", results.table(["paper", "", "idea", "claims"], overview))
     head = "# Results\n\nWritten by `just report` from the jsons beside this file, which `just record` takes from `just repro`.\n"
     results.write(results.RESULTS / "RESULTS.md", "\n".join([head, *sections]))
-    print(f"wrote README.md, results/RESULTS.md and the tables of {len(sections)} papers")
+    results.between_markers(ROOT / "data/README.md", _checkpoints())
+    print(f"wrote README.md, data/README.md, results/RESULTS.md and the tables of {len(sections)} papers")
+
+
+def _checkpoints() -> str:
+    """What ships in data/checkpoints."""
+    rows = []
+    for path in sorted((ROOT / "data/checkpoints").glob("*.json")):
+        found = results.load(path)
+        parts = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in found["parameters"].items())
+        samples = f"[samples](../results/backbones/{path.stem}.png)" if (results.RESULTS / f"backbones/{path.stem}.png").exists() else ""
+        rows.append([f"[`{path.stem}`](checkpoints/{path.name})", parts, f"{found['seconds'] / 60:.1f} minutes", samples])
+    return results.table(["", "parameters", f"`just pretrain` on {found['hardware']['cores']} cores" if rows else "", ""], rows)
 
 
 def bench(argv: list[str]) -> None:

@@ -218,7 +218,7 @@ class Tower(Pretrained, nn.Module):
 class CLIPVision(Tower):
     """The image tower."""
 
-    config_class, part, kept = CLIPVisionConfig, "vision", ("vision_model.",)
+    config_class, part, kept, tiny = CLIPVisionConfig, "vision", ("vision_model.",), "tiny-clip"
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -248,7 +248,7 @@ class CLIPVisionWithProjection(CLIPVision):
 class CLIPText(Tower):
     """The text tower, Stable Diffusion's first text encoder."""
 
-    config_class, part, kept = CLIPTextConfig, "text", ("text_model.",)
+    config_class, part, kept, tiny = CLIPTextConfig, "text", ("text_model.",), "tiny-sd/text_encoder"
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -264,7 +264,7 @@ class CLIPText(Tower):
 class CLIPTextWithProjection(CLIPText):
     """With the text feature: the second text encoder of Stable Diffusion XL."""
 
-    kept = ("text_model.", "text_projection.")
+    kept, tiny = ("text_model.", "text_projection."), "tiny-clip"
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__(config)
@@ -278,7 +278,7 @@ class CLIPTextWithProjection(CLIPText):
 class CLIP(Pretrained, nn.Module):
     """Both towers."""
 
-    config_class = CLIPConfig
+    config_class, tiny = CLIPConfig, "tiny-clip"
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

@@ -45,5 +45,6 @@ def run(name: str, cfg: RunConfig, command: str) -> dict:
     }
     results.save(found, pretrained.CHECKPOINTS / f"{name}.json")
     if hasattr(module, "sheet"):
+        SHEETS.mkdir(parents=True, exist_ok=True)
         results.save_figure(module.sheet(models), SHEETS / f"{name}.png")
     return found

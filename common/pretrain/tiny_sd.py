@@ -1,0 +1,153 @@
+"""A small Stable Diffusion: U-Net and text tower trained together on captioned scenes, in the latents of SpaceToDepth.
+
+    loss = mean of min(SNR, 5)/SNR · |ε - ε_θ(z_t, t, T(caption))|²,   SNR = ā/(1-ā)          Min-SNR weighting (Hang et al. 2023)
+
+t is uniform, and one caption in ten is empty, for guidance. The residual branches start at zero, as in the original U-Net.
+"""
+
+import textwrap
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from common.backbones.clip import CLIPText, CLIPTextConfig
+from common.backbones.sd_unet import ResnetBlock2D, Transformer2DModel, UNet2DConditionModel, UNetConfig
+from common.config import RunConfig
+from common.data import Batches, scenes
+from common.diffusion import Schedule
+from common.gpu import seed_everything
+from common.loop import fit
+from common.prompts import Tokenizer
+from common.reader import Reader, accuracy, read, truth
+from common.results import content_hash
+from common.stable_diffusion import SpaceToDepth, StableDiffusion
+
+
+@dataclass
+class Config(RunConfig):
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 2200
+    batch: int = 16
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    ema: float | None = 0.995
+    images: int = 16_000  # training renders
+
+
+SCALES = {
+    "smoke": Config(steps=3, batch=4, images=16),
+    "small": Config(),
+}
+COMPONENTS = {"": StableDiffusion}
+TRAIN, TEST = 200, 201  # seeds of the scenes
+
+GRAMMAR = "a an at the of and on background photo style , above below striped dotted"
+SPARE = "sks pll"  # for what no caption names
+WORDS = (*f"{GRAMMAR} {SPARE}".split(), *scenes.SHAPES, *scenes.COLOURS, *scenes.PLACES, *scenes.BACKGROUNDS, *scenes.STYLES)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------------------------
+
+
+def build() -> StableDiffusion:
+    """The smallest model with all that the published ones have: two levels with attention and one without."""
+    tokenizer = Tokenizer.compact(WORDS, length=24)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer.vocab), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, projection_dim=64,
+    )  # fmt: skip
+    unet = UNetConfig(
+        sample_size=16, in_channels=12, out_channels=12, block_out_channels=(48, 64, 64), layers_per_block=1, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64, norm_num_groups=8,
+    )  # fmt: skip
+    return StableDiffusion(UNet2DConditionModel(unet), [CLIPText(text)], [tokenizer], SpaceToDepth(), Schedule())
+
+
+def initialise(model: StableDiffusion) -> None:
+    """Kernels of variance 1/fan_in and embeddings of variance 1; the last layer of every residual branch, and of the U-Net, at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, Transformer2DModel):
+            nn.init.zeros_(module.proj_out.weight)
+    nn.init.zeros_(model.unet.conv_out.weight)
+
+
+def train(cfg: Config) -> dict[str, nn.Module]:
+    seed_everything(cfg.seeds[0])
+    model = build()
+    initialise(model)
+    made, tokenizer = scenes.captioned(cfg.images, TRAIN), model.tokenizers[0]
+    batches = Batches(TensorDataset(made.images, tokenizer(made.captions)), cfg.batch, cfg.seeds[0])
+    return {"": fit(model.to(memory_format=torch.channels_last), loss, batches, cfg, "model")}
+
+
+def loss(model: StableDiffusion, batch: tuple[Tensor, Tensor]) -> Tensor:
+    images, ids = batch
+    dropped = torch.rand(len(ids), 1, device=ids.device) < 0.1
+    ids = torch.where(dropped, model.tokenizers[0]([""]).to(ids.device), ids)
+    z = model.encode(images / 255)
+    t = torch.randint(model.schedule.num_train_timesteps, (len(z),), device=z.device)
+    noise = torch.randn_like(z)
+    predicted = model.unet(model.schedule.add_noise(z, noise, t), t, model.text_encoders[0].text_model.last(ids))
+    a = model.schedule.alpha(t, z)
+    weight = (5 * (1 - a) / a).clamp(max=1)
+    return (weight * (predicted - noise).square()).mean()
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------------------------
+
+
+def measure(models: dict[str, nn.Module]) -> dict[str, float]:
+    """What the reader finds of the captions in samples; its ceiling are renders of the same scenes, its floor samples of the empty prompt.
+    And the PSNR in dB of renders that went to noise and back; its floor are samples of their captions, its ceiling is infinite."""
+    model, reader = models[""], Reader.from_pretrained("tiny")
+    made = scenes.captioned(128, TEST)
+    asked, captions, real = truth(made.scenes), [scenes.full_caption(scene) for scene in made.scenes], made.images / 255
+    drawn = model.sample(captions, steps=20, seed=TEST)
+    kinds = {"": drawn, ", ceiling": real, ", floor": model.sample([""] * 64, steps=20, guidance=1, seed=TEST)}
+    found = {factor + kind: value for kind, images in kinds.items() for factor, value in accuracy(read(reader, images), asked[: len(images)]).items()}
+    back = model.sample(captions[:16], guidance=1, noise=model.invert(real[:16], captions[:16]))
+    return found | {"inversion": psnr(back, real[:16]), "inversion, floor": psnr(drawn[:16], real[:16])}
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pairs of images in [0, 1], in dB."""
+    return -10 * (a - b).square().mean((1, 2, 3)).log10().mean().item()
+
+
+def data(cfg: Config) -> dict[str, str]:
+    made = scenes.captioned(cfg.images, TRAIN)
+    return {"scenes": content_hash(made.images, *(caption.encode() for caption in made.captions))}
+
+
+def sheet(models: dict[str, nn.Module]) -> Figure:
+    """Samples of held-out captions, one caption in every style, and renders before and after inversion."""
+    model, made = models[""], scenes.captioned(24, TEST)
+    captions = [scenes.full_caption(scene) for scene in made.scenes[:16]]
+    pair = "a red circle left of a dotted blue square on a white background"
+    styled = [pair, *(f"{pair}, {style} style" for style in scenes.STYLES), "a ring", "a circle above a square", ""]
+    real, told = made.images[16:] / 255, [scenes.full_caption(scene) for scene in made.scenes[16:]]
+    back = model.sample(told, guidance=1, noise=model.invert(real, told))
+    rows = [*zip(model.sample(captions, seed=TEST), captions, strict=True), *zip(model.sample(styled, seed=TEST), styled, strict=True)]
+    rows += [*zip(real, ["render: " + caption for caption in told], strict=True), *zip(back, ["inverted and back"] * 8, strict=True)]
+    figure = Figure(figsize=(20, 14), layout="constrained")
+    for axis, (image, title) in zip(figure.subplots(5, 8).flat, rows, strict=True):
+        axis.imshow(rearrange(image, "c h w -> h w c").numpy())
+        axis.set_title("\n".join(textwrap.wrap(title, 34)) or "(empty prompt)", fontsize=8)
+        axis.axis("off")
+    return figure
