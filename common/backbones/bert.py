@@ -137,6 +137,7 @@ class BertEncoder(Pretrained, nn.Module):
     """Tokens to states, without the pooler: what sentence embeddings need."""
 
     config_class = BertConfig
+    tiny = "tiny-bert"
 
     def __init__(self, config: BertConfig):
         super().__init__()

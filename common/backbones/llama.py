@@ -198,6 +198,7 @@ class Llama(Pretrained, nn.Module):
     """The language model."""
 
     config_class = LlamaConfig
+    tiny = "tiny-lm"
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
