@@ -2,7 +2,7 @@
 
     c = T(prompt)                                                text tower after its last norm                          b m e
         XL: [T₁(prompt)₋₂, T₂(prompt)₋₂], with the pooled T₂ and six sizes beside it
-    z = E(2x - 1),   x = (D(z) + 1) / 2                          images x in [0, 1], latents z of about unit variance    b l h w
+    z = E(2x - 1),   x = (D(z) + 1) / 2                          images x in [0, 1], latents z                            b l h w
     e = ε(z, t, c_∅) + w (ε(z, t, c) - ε(z, t, c_∅))             guidance; c_∅ is the empty prompt, in XL zeros
 
 A published directory has a folder for each part. The small model that ships has the same layout but no vae: its latents are the image
@@ -31,15 +31,19 @@ from common.prompts import Tokenizer
 
 
 class SpaceToDepth(nn.Module):
-    """z[4c + 2i + j, y, x] = image[c, 2y + i, 2x + j]: orthonormal, without parameters."""
+    """z[4c + 2i + j, y, x] = s image[c, 2y + i, 2x + j]: orthogonal, without parameters.
 
-    factor = 2
+    Neighbours in an image agree, so that at unit scale the noisiest z_t of Stable Diffusion's schedule would still show the background, which
+    the noise that sampling starts from does not have. s = 1/4 hides it.
+    """
+
+    factor, scaling_factor = 2, 0.25
 
     def encode(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 12 h w"]:
-        return F.pixel_unshuffle(image, 2)
+        return self.scaling_factor * F.pixel_unshuffle(image, 2)
 
     def decode(self, z: Float[Tensor, "b 12 h w"]) -> Float[Tensor, "b 3 H W"]:
-        return F.pixel_shuffle(z, 2)
+        return F.pixel_shuffle(z / self.scaling_factor, 2)
 
 
 class StableDiffusion(nn.Module):

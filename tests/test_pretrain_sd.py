@@ -35,16 +35,15 @@ def test_recipe(tmp_path, monkeypatch):
 
 
 def test_loss_against_the_formula_by_hand(monkeypatch):
-    """A network that predicts 0: the loss is the weighted mean square of the noise."""
+    """A network that predicts 0: the loss is the mean square of v."""
     model = tiny_sd.build().eval()
     nn.init.zeros_(model.unet.conv_out.weight)
     nn.init.zeros_(model.unet.conv_out.bias)
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor([0, 999]))
     monkeypatch.setattr(torch, "randn_like", lambda z: torch.stack([torch.full_like(z[0], 2), torch.full_like(z[1], 3)]))
     made = scenes.captioned(2, 0)
-    snr = [a / (1 - a) for a in (model.schedule.alpha(0), model.schedule.alpha(999))]
-    assert snr[0] > 5 > snr[1]
-    expected = (5 / snr[0] * 4 + 1 * 9) / 2
+    z, a = (2 * (made.images / 255) - 1) / 4, model.schedule.alphas_cumprod[[0, 999]].tolist()
+    expected = sum((a[i] ** 0.5 * noise - (1 - a[i]) ** 0.5 * z[i]).square().mean().item() / 2 for i, noise in enumerate((2, 3)))
     assert tiny_sd.loss(model, (made.images, model.tokenizers[0](made.captions))).item() == pytest.approx(expected, rel=1e-5)
 
 

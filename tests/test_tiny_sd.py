@@ -9,6 +9,7 @@ from common.backbones import pretrained
 from common.backbones.clip import CLIPText
 from common.backbones.sd_unet import UNet2DConditionModel
 from common.data import scenes
+from common.diffusion import Schedule
 from common.errors import UserError
 from common.pretrain import tiny_sd
 from common.prompts import END, START, Tokenizer, _bpe
@@ -82,7 +83,7 @@ def test_space_to_depth():
     z = SpaceToDepth().encode(image)
     assert z.shape == (2, 12, 3, 4) and torch.equal(SpaceToDepth().decode(z), image)
     for c, i, j in ((0, 0, 0), (0, 0, 1), (1, 1, 0), (2, 1, 1)):
-        assert torch.equal(z[:, 4 * c + 2 * i + j], image[:, c, i::2, j::2])
+        assert torch.equal(z[:, 4 * c + 2 * i + j], image[:, c, i::2, j::2] / 4)
 
 
 # ---- the pipeline ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_whole_directories_come_back(tmp_path):
     assert again.tokenizers[0].vocab == model.tokenizers[0].vocab and again.schedule == model.schedule
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
-    torch.testing.assert_close(again.sample(["a ring"], steps=2, seed=3), model.sample(["a ring"], steps=2, seed=3))
+    torch.testing.assert_close(again.sample(["a ring"], steps=2, seed=3), model.sample(["a ring"], steps=2, seed=3), rtol=0, atol=1e-4)
     assert not torch.equal(again.noise(1, 3), again.noise(1, 4))
 
 
@@ -179,6 +180,7 @@ def test_guidance_one_needs_no_empty_prompt_and_larger_ones_extrapolate():
 def test_the_noise_of_an_image_leads_back_to_it():
     """With a network that always predicts the same noise, inversion is exact."""
     model = tiny_sd.build().eval()
+    model.schedule = Schedule()  # which makes the output the noise
     torch.nn.init.zeros_(model.unet.conv_out.weight)
     images = torch.rand(2, 3, 32, 32)
     noise = model.invert(images, ["", ""], steps=5)
