@@ -39,7 +39,7 @@ def check_form(directory: Path) -> None:
         assert ast.get_docstring(tree), f"{path} has no docstring"
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("papers."):
-                assert node.module.startswith(f"papers.{directory.name}."), f"{path}:{node.lineno} imports another paper"
+                assert f"{node.module}.".startswith(f"papers.{directory.name}."), f"{path}:{node.lineno} imports another paper"
     for node in ast.parse((directory / "model.py").read_text()).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node) or directory.name.startswith("scaffolded"), f"{node.name} has no docstring"
@@ -87,8 +87,9 @@ def test_a_recorded_result_belongs_to_the_present_claims(slug):
 def test_the_reports_are_up_to_date(tmp_path, monkeypatch, capsys):
     """`just report` would change nothing."""
     copy = tmp_path / "atlas"
-    copy.mkdir()
-    for name in ("README.md", "papers", "results"):
+    (copy / "data").mkdir(parents=True)
+    shutil.copytree(ROOT / "data/checkpoints", copy / "data/checkpoints")
+    for name in ("README.md", "data/README.md", "papers", "results"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
     for module, name, value in [
@@ -96,7 +97,7 @@ def test_the_reports_are_up_to_date(tmp_path, monkeypatch, capsys):
     ]:  # fmt: skip
         monkeypatch.setattr(module, name, value)
     assert cli.main(["report"]) == 0
-    for path in ["README.md", "results/RESULTS.md", *(f"papers/{slug}/README.md" for slug in SLUGS)]:
+    for path in ["README.md", "data/README.md", "results/RESULTS.md", *(f"papers/{slug}/README.md" for slug in SLUGS)]:
         assert (copy / path).read_text() == (ROOT / path).read_text(), f"{path} is stale: run `just report`"
 
 

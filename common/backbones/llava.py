@@ -81,7 +81,7 @@ class LlavaProjector(nn.Module):
 class Llava(Pretrained, nn.Module):
     """The vision-language model."""
 
-    config_class = LlavaConfig
+    config_class, tiny = LlavaConfig, "tiny-vlm"
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
