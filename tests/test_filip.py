@@ -543,8 +543,20 @@ def test_alignment_by_hand(monkeypatch):
 def test_captions_fit_the_tokenizer():
     words = {word for caption in training.scene_set(300, 5, 16).captions for word in caption.split()}
     assert words <= set(training.WORDS)
-    assert all(len(training.tokenizer().ids(prompt)) == 9 for prompt in evaluation.prompts(["red ring", "orange cross"]))
-    assert evaluation.prompts(["orange cross"])[0] == "an orange cross on a black background"
+    asked = evaluation.prompts(["red ring", "orange cross"])
+    assert len(asked) == 12 and {word for prompt in asked for word in prompt.split()} <= set(training.WORDS)
+    assert asked[6:8] == ["an orange cross on a gray background", "an orange cross at the center on a gray background"]
+
+
+def test_what_is_classified_is_what_the_captions_say():
+    """The captions of the same draw, read back."""
+    cfg = training.SCALES["smoke"]
+    image, label = evaluation.single_things(cfg)
+    drawn = training.scene_set(4 * cfg.test_scenes, 3, cfg.size, single=1.0)
+    told = [(picture, caption) for picture, caption in zip(drawn.images, drawn.captions, strict=True) if "on a gray background" in caption]
+    assert len(told) == len(image) > 0
+    for picture, c, (expected, caption) in zip(image, label, told, strict=True):
+        assert torch.equal(picture, expected) and evaluation.CLASSES[c] in caption
 
 
 def fake_towers(arch: str) -> CLIPConfig:

@@ -160,7 +160,7 @@ def _pool(split: str) -> Float[Tensor, "p s s 3"]:
     if split not in TEXTURES:
         raise ValueError(f"no split {split!r}: one of {', '.join(TEXTURES)}")
     names, grey = TEXTURES[split]
-    found = [photos.crops(24 * len(names), 0, SIDE, names=names)]
+    found = [photos.crops(16 * len(names), 0, SIDE, names=names)]
     for name in grey:
         tiles = photos.textures()[name].reshape(4, SIDE, 4, SIDE).swapaxes(1, 2).reshape(16, 1, SIDE, SIDE)
         found.append(np.broadcast_to(tiles, (16, 3, SIDE, SIDE)))

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -25,12 +25,13 @@ from papers.filip.model import FILIP, GlobalCLIP, contrastive_loss, load_publish
 from papers.filip.train import COMPARED, SCALES, Config, build, normalized, scene_set, tokenizer, transform
 
 SHOWN = 2  # scenes of the figure
+CLASSES = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
 
 
 def evaluate(cfg: Config) -> Measured:
     if cfg.data:
         raise UserError("the claims are judged without --data; for benchmarks give a checkpoint: `just eval filip --weights FILE --data DIR`")
-    test, single = scene_set(cfg.test_scenes, 2, cfg.size), scene_set(cfg.test_scenes, 3, cfg.size, single=1.0)
+    test, single = scene_set(cfg.test_scenes, 2, cfg.size), single_things(cfg)
     found = {variant: [quality(cfg, load(cfg, variant, seed), test, single) for seed in cfg.seeds] for variant in COMPARED}
     table = {name: {variant: [run[name] for run in runs] for variant, runs in found.items()} for name in found["filip"][0]}
     gain = lambda name, method, baseline: [a - b for a, b in zip(table[name][method], table[name][baseline], strict=True)]
@@ -54,52 +55,51 @@ def evaluate(cfg: Config) -> Measured:
         "loss_seconds": cost,
         "iteration": iteration,
         "query": query,
-        "curves": {variant: mean_curve(cfg, variant) for variant in COMPARED},
         "examples": [example(cfg, test, i) for i in range(len(test.scenes)) if len(test.scenes[i].things) == 2][:SHOWN],
     }
     trained = scene_set(cfg.train_scenes, 1, cfg.size)
-    return Measured(values, details, {"scenes train": content_hash(trained.images), "scenes test": content_hash(test.images, single.images)})
+    return Measured(values, details, {"scenes train": content_hash(trained.images), "scenes test": content_hash(test.images, *single)})
 
 
 def load(cfg: Config, variant: str, seed: int) -> FILIP:
     return load_run(build(cfg, variant), cfg, f"{variant}/{seed}")
 
 
-def mean_curve(cfg: Config, variant: str) -> list[float]:
-    """The training loss, mean over seeds and then over 20 parts of the steps."""
-    logs = [(Path(cfg.out) / f"{variant}/{seed}/metrics.jsonl").read_text().splitlines() for seed in cfg.seeds]
-    loss = np.mean([[json.loads(row)["loss"] for row in log] for log in logs], 0)
-    return [float(part.mean()) for part in np.array_split(loss, min(20, len(loss)))]
-
-
 # ---- quality ----------------------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def quality(cfg: Config, model: FILIP, test: scenes.Captioned, single: scenes.Captioned) -> dict[str, float]:
+def quality(cfg: Config, model: FILIP, test: scenes.Captioned, single: tuple[Tensor, Tensor]) -> dict[str, float]:
     """R@1 in both directions, their mean, and zero-shot accuracy, in percent; the share of patches that find the right word, and by chance."""
     on = gpu.device(cfg)
     s_image, s_text = (s.cpu() for s in model(normalized(test.images).to(on), tokenizer()(test.captions).to(on)))
     same = torch.tensor([[a == b for b in test.captions] for a in test.captions])
     ways = recall(s_image, same, 1), recall(s_text.T, same, 1)
-    classes = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
-    label = torch.tensor([classes.index(f"{scene.things[0].colour} {scene.things[0].shape}") for scene in single.scenes])
-    asked = model.text_tokens(tokenizer()(prompts(classes)).to(on))
-    score = model.class_scores(model.image_tokens(normalized(single.images).to(on)), *asked, len(classes))
+    asked = model.text_tokens(tokenizer()(prompts(CLASSES)).to(on))
+    score = model.class_scores(model.image_tokens(normalized(single[0]).to(on)), *asked, len(CLASSES))
     right, chance = alignment(cfg, model, test)
     return {
         "image_to_text": ways[0],
         "text_to_image": ways[1],
         "recall": fmean(ways),
-        "zero_shot": 100 * (score.argmax(1).cpu() == label).double().mean().item(),
+        "zero_shot": 100 * (score.argmax(1).cpu() == single[1]).double().mean().item(),
         "alignment": right,
         "alignment_chance": chance,
     }
 
 
-def prompts(classes: list[str]) -> list[str]:
-    """Four of each class, class by class."""
-    return [f"a{'n' if name[0] == 'o' else ''} {name} on a {background} background" for name in classes for background in scenes.BACKGROUNDS]
+def single_things(cfg: Config, ground: str = "gray") -> tuple[UInt8[Tensor, "n 3 H W"], Int[Tensor, "n"]]:
+    """Images and classes of scenes with one thing, on one ground, which the prompts can tell."""
+    drawn = scene_set(4 * cfg.test_scenes, 3, cfg.size, single=1.0)
+    kept = [i for i, scene in enumerate(drawn.scenes) if scene.background == ground]
+    things = [drawn.scenes[i].things[0] for i in kept]
+    return drawn.images[kept], torch.tensor([CLASSES.index(f"{thing.colour} {thing.shape}") for thing in things])
+
+
+def prompts(classes: list[str], ground: str = "gray") -> list[str]:
+    """Six of each class, class by class: without a place and with each."""
+    places = ["", *(f" at the {place}" for place in scenes.PLACES)]
+    return [f"a{'n' if name[0] == 'o' else ''} {name}{place} on a {ground} background" for name in classes for place in places]
 
 
 def recall(scores: Float[Tensor, "q n"], relevant: Bool[Tensor, "q n"], k: int) -> float:

@@ -43,7 +43,7 @@ class Config(RunConfig):
     depth: int = 2  # layers of each
     heads: int = 4
     train_scenes: int = 4_096  # to learn from
-    test_scenes: int = 500  # to retrieve from, and to classify
+    test_scenes: int = 500  # to retrieve from
     timed_batch: int = 128  # of the timed loss
     repeats: int = 5  # of each timing
 
@@ -53,7 +53,7 @@ SCALES = {
         steps=4, batch=4, seeds=(0,), embed=8, dim=16, depth=1, heads=2, train_scenes=16, test_scenes=8, timed_batch=4, repeats=1, processes=1,
         save_every=0.5,
     ),
-    "small": Config(steps=600, batch=64, lr=2e-3),
+    "small": Config(steps=400, batch=64, lr=2e-3),
     "full": Config(
         seeds=(0,), steps=95_000, batch=8192, lr=1e-3, warmup=0.03, weight_decay=0.1, clip=1.0, precision="bf16", workers=8, save_every=0.01,
         embed=256, size=224,

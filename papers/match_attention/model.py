@@ -47,11 +47,14 @@ def subwindows(radius: int, like: Tensor) -> Float[Tensor, "M 4"]:
     return torch.kron(first_last, first_last)
 
 
-def bilinear_softmax(s: Float[Tensor, "*n M"], b: Float[Tensor, "*n 4"], member: Float[Tensor, "M 4"]) -> Float[Tensor, "*n M"]:
-    """α. One exponential per cell: the four softmaxes differ only in their sums. A sub-window 87 nats below the best cell weighs nothing."""
+def bilinear_softmax(s: Float[Tensor, "*n M"], b: Float[Tensor, "*n 4"], member: Float[Tensor, "M 4"]) -> tuple[Tensor, Tensor, Tensor]:
+    """α, e = exp(s - max s) and Z_t = Σ_{W_t} e: one exponential per cell, as the four softmaxes differ only in their sums.
+
+    A sub-window 87 nats below the best cell weighs nothing.
+    """
     e = (s - s.amax(-1, keepdim=True)).exp()
     total = (e @ member).clamp_min(torch.finfo(e.dtype).tiny)
-    return e * ((b / total) @ member.T)
+    return e * ((b / total) @ member.T), e, total
 
 
 def window(
@@ -76,7 +79,10 @@ def window(
 
 
 class _Match(torch.autograd.Function):
-    """The operator on rows, a chunk of queries at a time. The backward pass gathers and scores again, so that memory holds no window."""
+    """The operator on rows, a chunk of queries at a time. The backward pass gathers and scores again, so that memory holds no window:
+
+    ∂b_t = Σ_{W_t} softmax_{W_t}(s) ∂α,   ∂s_j = α_j ∂α_j - e_j Σ_{t∋j} b_t / Z_t ∂b_t,   ∂q = Σ_j ∂s_j sign(k_j - q) / √d = -Σ_j ∂k_j
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, b, corner, offsets, member, keep):
@@ -84,7 +90,7 @@ class _Match(torch.autograd.Function):
         o, weights = torch.empty_like(q), q.new_empty(len(q), len(offsets)) if keep else None
         for rows in chunks(q, offsets):
             taps = corner[rows, None] + offsets
-            alpha = _weights(q[rows], F.embedding(taps, k), b[rows], member)
+            alpha = bilinear_softmax(_logits(q[rows], F.embedding(taps, k)), b[rows], member)[0]
             o[rows] = F.embedding_bag(taps, v, per_sample_weights=alpha, mode="sum")
             if keep:
                 weights[rows] = alpha
@@ -96,14 +102,15 @@ class _Match(torch.autograd.Function):
         dq, dk, dv, db = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.empty_like(b)
         for rows in chunks(q, offsets):
             taps = corner[rows, None] + offsets
-            leaves = [t.requires_grad_() for t in (q[rows].detach(), F.embedding(taps, k), b[rows].detach())]
-            with torch.enable_grad():
-                alpha = _weights(*leaves, member)
-                results = [F.embedding_bag(taps, v, per_sample_weights=alpha, mode="sum"), alpha]
-            given = [do[rows]] if dweights is None else [do[rows], dweights[rows]]
-            dq[rows], dkeys, db[rows] = torch.autograd.grad(results[: len(given)], leaves, given)
-            dk.index_add_(0, taps.flatten(), dkeys.flatten(0, 1))
-            dv.index_add_(0, taps.flatten(), (alpha.detach()[..., None] * do[rows, None]).flatten(0, 1))
+            keys = F.embedding(taps, k)
+            alpha, e, total = bilinear_softmax(_logits(q[rows], keys), b[rows], member)
+            dalpha = (F.embedding(taps, v) @ do[rows, :, None])[..., 0] + (0 if dweights is None else dweights[rows])
+            db[rows] = (e * dalpha) @ member / total
+            ds = alpha * dalpha - e * ((b[rows] / total * db[rows]) @ member.T)
+            pull = (ds * q.shape[1] ** -0.5)[..., None] * (keys - q[rows, None]).sign()
+            dq[rows] = pull.sum(1)
+            dk.index_add_(0, taps.flatten(), pull.flatten(0, 1), alpha=-1)
+            dv.index_add_(0, taps.flatten(), (alpha[..., None] * do[rows, None]).flatten(0, 1))
         return dq, dk, dv, db, None, None, None, None
 
 
@@ -113,9 +120,9 @@ def chunks(q: Float[Tensor, "n d"], offsets: Int[Tensor, "M"]) -> Iterator[slice
     return (slice(i, i + step) for i in range(0, len(q), step))
 
 
-def _weights(q, keys, b, member):
-    """α of the queries "n d" over their own keys "n M d"; cdist never holds the differences."""
-    return bilinear_softmax(torch.cdist(q[:, None], keys, p=1)[:, 0] * -(q.shape[-1] ** -0.5), b, member)
+def _logits(q, keys):
+    """s of the queries "n d" over their own keys "n M d"; cdist never holds the differences."""
+    return torch.cdist(q[:, None], keys, p=1)[:, 0] * -(q.shape[-1] ** -0.5)
 
 
 def match_attention(
@@ -171,7 +178,7 @@ class MatchAttention(Attention):
         corner, offsets, b = window(centre, self.grid, self.radius)
         taps = corner[..., None] + offsets
         s = -(q[..., None, :] - F.embedding(taps, k.flatten(0, 2))).abs().sum(-1) * q.shape[-1] ** -0.5
-        p = self._edit("weights", bilinear_softmax(self._edit("logits", s), b, subwindows(self.radius, s)))
+        p = self._edit("weights", bilinear_softmax(self._edit("logits", s), b, subwindows(self.radius, s))[0])
         o = torch.einsum("bhnm,bhnmd->bhnd", p, F.embedding(taps, v.flatten(0, 2)))
         return self._edit("heads", o, lambda method, site, o: method(site, o, q)), p
 
@@ -294,19 +301,14 @@ class MatchAttentionLayer(nn.Module):
         y = torch.cat([self.norm0(self.match_attention_self.hidden(x)), noc], -1)
         x = x + self.match_attention_self(y, y, self_rpos)
         x, self_rpos = x.split([dim + 2, self_rpos.shape[-1]], -1)
-        x = _level(x) if stereo else x
+        x = F.pad(x[..., :-1], (0, 1)) if stereo else x  # F_y = 0: rectified views match within a row
         after_self = x[..., dim:] / self.field_scale
         y = self.norm1(self.match_attention_cross.hidden(x))
         x = x + self.match_attention_cross(y, other_view(y), after_self)
-        x = _level(x) if stereo else x
+        x = F.pad(x[..., :-1], (0, 1)) if stereo else x
         field = x[..., dim:] / self.field_scale
         x = x[..., :dim]
         return x + self.mlp(self.norm2(x)), self_rpos, field, {"self": after_self, "cross": field}
-
-
-def _level(x: Float[Tensor, "b H W c"]) -> Float[Tensor, "b H W c"]:
-    """F_y = 0: rectified views match within a row."""
-    return F.pad(x[..., :-1], (0, 1))
 
 
 class MatchAttentionBlock(nn.Module):
