@@ -112,7 +112,7 @@ _LIGHT = ("dataclasses", "pathlib", "typing", "common.config", "__future__")
 
 
 def config(path: Path) -> tuple[type, dict[str, object]]:
-    """(Config, SCALES) of a paper's train.py, without importing what else the file imports: --help must not wait for torch."""
+    """(Config, SCALES) of a paper's train.py or of a recipe, without importing what else the file imports: --help must not wait for torch."""
     wanted = []
     for node in ast.parse(path.read_text(), str(path)).body:
         names = [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]

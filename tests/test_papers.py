@@ -171,7 +171,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, number, whole_group, code
     """Two runs at a time: a terminal signals them all, `kill` only the parent."""
     options = ["--scale", "smoke", "--steps", "1000000", "--seeds", "0", "1", "--processes", "2", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "common.cli", "train", SLUGS[0], *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
     while len(logs := list(tmp_path.rglob("metrics.jsonl"))) < 2 or not all(log.read_text() for log in logs):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)

@@ -2,7 +2,7 @@
 
 import json
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from common import cli, pretrain
 from common.backbones import pretrained
 from common.backbones.pretrained import Pretrained
 from common.config import RunConfig
+from common.errors import Interrupted
 from common.pretrain import shipping
 
 
@@ -48,7 +49,8 @@ def test_a_checkpoint_and_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(shipping, "SHEETS", tmp_path / "sheets")
     monkeypatch.setattr(shipping, "recipe", lambda name: a_recipe())
-    found = shipping.run("tiny-one", RunConfig(seeds=(7,), lr=1 / 3), "just pretrain tiny-one")
+    cfg = RunConfig(out=tmp_path / "run", seeds=(7,), lr=1 / 3)
+    found = shipping.run("tiny-one", cfg, "just pretrain tiny-one")
     assert shipping.provenance("tiny-one") == json.loads(json.dumps(found))
     assert (found["seed"], found["command"], found["parameters"]) == (7, "just pretrain tiny-one", {"part": 4})
     assert found["quality"]["weight"] == torch.tensor(1 / 3).bfloat16().item()  # measured is what was written, not what was trained
@@ -56,6 +58,33 @@ def test_a_checkpoint_and_where_it_comes_from(tmp_path, monkeypatch):
     assert "out" not in found["config"]
     assert (tmp_path / "sheets/tiny-one.png").is_file()
     assert shipping.load("tiny-one")["part"].layer.weight.dtype == torch.float32
+
+
+def test_the_seconds_of_an_interrupted_run_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(shipping, "SHEETS", tmp_path / "sheets")
+    module, clock = a_recipe(), [0.0]
+    monkeypatch.setattr(shipping, "recipe", lambda name: module)
+    monkeypatch.setattr(shipping.time, "monotonic", lambda: clock[0])
+    whole = module.train
+
+    def takes(seconds: float, interrupted: bool) -> None:
+        def train(cfg: RunConfig) -> dict[str, nn.Module]:
+            clock[0] += seconds
+            if interrupted:
+                raise Interrupted("stopped", 130)
+            return whole(cfg)
+
+        module.train = train
+
+    cfg = RunConfig(out=tmp_path / "run")
+    for seconds in (40.0, 5.0):
+        takes(seconds, interrupted=True)
+        with pytest.raises(Interrupted):
+            shipping.run("tiny-one", cfg, "")
+    takes(100.0, interrupted=False)
+    assert shipping.run("tiny-one", cfg, "")["seconds"] == 145
+    assert shipping.run("tiny-one", cfg, "")["seconds"] == 100  # nothing is left of the finished run
 
 
 def test_names_and_help(capsys):
@@ -77,5 +106,8 @@ def test_what_ships_is_whole_and_small(name):
     assert {"command", "config", "seed", "data", "seconds", "quality"} <= set(found)
     folder = pretrained.CHECKPOINTS / name
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 4 * 2**20
+    if found["command"] == f"just pretrain {name}":  # without options, the recipe as it stands
+        recipe_now = json.loads(json.dumps(asdict(pretrain.recipe(name).SCALES["small"])))
+        assert found["config"] == {key: recipe_now[key] for key in found["config"]}
     counted = {part or name: sum(p.numel() for p in model.parameters()) for part, model in shipping.load(name).items()}
     assert counted == found["parameters"]

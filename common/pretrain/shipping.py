@@ -1,7 +1,9 @@
 """From a recipe to the files under data/checkpoints, and back."""
 
+import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,11 +28,19 @@ def provenance(name: str) -> dict:
 
 
 def run(name: str, cfg: RunConfig, command: str) -> dict:
-    """Train, write the checkpoint and its json, and measure what was written. The sheet goes to results/backbones."""
-    module, began = recipe(name), time.monotonic()
-    for part, model in module.train(cfg).items():
+    """Train, write the checkpoint and its json, and measure what was written. The sheet goes to results/backbones.
+
+    An interrupted run is finished, and its seconds count; after a finished one, the next starts over.
+    """
+    module, spent = recipe(name), Path(cfg.out) / "seconds"
+    began = time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
+    try:
+        trained = module.train(cfg)
+    finally:
+        results.write(spent, str(time.monotonic() - began))
+    for part, model in trained.items():
         model.save_pretrained(pretrained.CHECKPOINTS / name / part, torch.bfloat16)
-    seconds, models = time.monotonic() - began, load(name)
+    seconds, models = float(spent.read_text()), load(name)
     found = {
         "command": command,
         "config": {k: v for k, v in asdict(cfg).items() if k not in ("out", "weights", "data")},
@@ -47,4 +57,5 @@ def run(name: str, cfg: RunConfig, command: str) -> dict:
     if hasattr(module, "sheet"):
         SHEETS.mkdir(parents=True, exist_ok=True)
         results.save_figure(module.sheet(models), SHEETS / f"{name}.png")
+    shutil.rmtree(cfg.out)
     return found

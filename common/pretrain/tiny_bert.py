@@ -27,6 +27,7 @@ from common.backbones.bert_pretraining import BertPretraining
 from common.config import RunConfig
 from common.data import Batches, text
 from common.gpu import seed_everything, seeded
+from common.layers import init_by_fan_in
 from common.loop import fit
 from common.ngrams import KneserNey, ngrams
 from common.results import write
@@ -89,12 +90,8 @@ def for_sentences(bpe: Tokenizer) -> Tokenizer:
 @torch.no_grad()
 def initialize(model: BertPretraining) -> None:
     """Unit variance everywhere: in the stream, in what each matrix makes of it, and, by the head's small norm, in the logits."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    for module in model.modules():  # after the decoder, which is tied to one of them
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
+    init_by_fan_in(model)
+    nn.init.normal_(model.bert.embeddings.word_embeddings.weight)  # tied to the decoder, which was drawn after it
     model.cls["predictions"].transform["LayerNorm"].weight.fill_(model.config.hidden_size**-0.5)
 
 

@@ -32,6 +32,7 @@ from common.backbones.llama import Llama, LlamaConfig
 from common.config import RunConfig
 from common.data import Batches, text
 from common.gpu import seed_everything
+from common.layers import init_by_fan_in
 from common.loop import fit
 from common.ngrams import KneserNey, ngrams
 from common.results import write
@@ -68,17 +69,10 @@ def train(cfg: Config) -> dict[str, nn.Module]:
     corpus = text.corpus(vocab=cfg.vocab, context=cfg.context)
     seed_everything(cfg.seeds[0])
     model = Llama(LlamaConfig(cfg.vocab, cfg.width, cfg.hidden, cfg.depth, cfg.heads))
-    initialize(model)
+    init_by_fan_in(model)
     fit(model, loss, Batches(corpus, cfg.batch, cfg.seeds[0]), cfg, "lm")
     write(pretrained.CHECKPOINTS / FOLDER / "tokenizer.json", corpus.tokenizer.to_str())
     return {"": model}
-
-
-def initialize(model: nn.Module) -> None:
-    """Unit variance everywhere: in the stream, and in what each projection makes of it."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.Linear):
-            nn.init.normal_(module.weight, std=1 if isinstance(module, nn.Embedding) else module.in_features**-0.5)
 
 
 def loss(model: Llama, batch: tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]) -> Tensor:
