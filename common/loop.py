@@ -84,7 +84,7 @@ def fit(
     module = gpu.distribute(step_module, cfg.shard)
     if cfg.compile:
         module.compile()
-    optimizer = torch.optim.AdamW(_groups(model, cfg.weight_decay, lr_scale), cfg.lr, cfg.betas)
+    optimizer = torch.optim.AdamW(_groups(model, cfg.weight_decay, lr_scale), cfg.lr, cfg.betas, fused=True)
     schedule = CosineLRScheduler(
         optimizer, cfg.steps, lr_min=cfg.lr_min, warmup_t=round(cfg.warmup * cfg.steps), warmup_prefix=True, t_in_epochs=False
     )  # fmt: skip

@@ -107,7 +107,7 @@ def test_sinusoidal_2d_against_loops():
 
 LAYOUTS = {  # rotation, and the planes of a head of width 6
     "half": (rotate_half, [(0, 3), (1, 4), (2, 5)]),
-    "pairs": (rotate_pairs, [(0, 1), (2, 3), (4, 5)]),
+    "pairs": (lambda x, cos, sin: rotate_pairs(x, torch.complex(cos, sin)), [(0, 1), (2, 3), (4, 5)]),
 }
 BOTH = pytest.mark.parametrize("rotate, planes", LAYOUTS.values(), ids=LAYOUTS)
 

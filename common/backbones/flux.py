@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
 from common.backbones.pretrained import Pretrained
-from common.layers import frequencies, time_waves
+from common.layers import frequencies, rotate_pairs, time_waves
 from common.lora import adapter
 
 
@@ -76,12 +76,6 @@ def rotary_table(ids: Real[Tensor, "n axes"], dims: tuple[int, ...]) -> Complex[
     ids = ids.double()
     angle = torch.cat([ids[:, j, None] * frequencies(dim, dtype=ids.dtype, device=ids.device) for j, dim in enumerate(dims)], -1)
     return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x: Float[Tensor, "b h n two_d"], table: Complex[Tensor, "n d"]) -> Float[Tensor, "b h n two_d"]:
-    """R(x): neighbours (x_2i, x_2i+1) as complex numbers, times the table. Many times faster than real arithmetic on every other channel."""
-    z = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(z * table).flatten(-2).type_as(x)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -223,7 +217,7 @@ class FluxAttention(Attention):
         to_q, to_k, to_v, norm_q, norm_k = self.projections(stream)
         q, k = norm_q(split_heads(to_q(y), self.heads)), norm_k(split_heads(to_k(source), self.heads))
         v = split_heads(to_v(source), self.heads)
-        q, k, v = (stream.split(t, 2) for t in (rotate(q, stream.rotary), rotate(k, stream.rotary), v))
+        q, k, v = (stream.split(t, 2) for t in (rotate_pairs(q, stream.rotary), rotate_pairs(k, stream.rotary), v))
         return {name: (q[name], k[name], v[name]) for name in stream.sizes}
 
     def projections(self, stream: Stream) -> tuple[nn.Module, ...]:

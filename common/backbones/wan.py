@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from common.attention import Attention, merge_heads, split_heads
 from common.backbones import flux
-from common.backbones.flux import Embedder, FeedForward, modulate, rotate, wide
+from common.backbones.flux import Embedder, FeedForward, modulate, wide
 from common.backbones.pretrained import Pretrained
-from common.layers import time_waves
+from common.layers import rotate_pairs, time_waves
 
 
 @dataclass
@@ -88,7 +88,7 @@ class WanAttention(Attention):
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
         o = self.attend(q, k, v)
         if image is not None:
             o = o + self.attend_image(x, q, image)

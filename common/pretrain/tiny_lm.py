@@ -184,6 +184,7 @@ def continuations(model: Llama, tokenizer: text.Tokenizer) -> list[str]:
         for temperature in (0.0, 0.8):
             new = model.generate(tokens, max_new_tokens=60, temperature=temperature, generator=generator)
             kind = "sampled" if temperature else "greedy"
-            lines = f"{prompt}|{tokenizer.decode(new[0].tolist())}".splitlines()
+            said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in tokenizer.decode(new[0].tolist()))
+            lines = f"{prompt}|{said}".splitlines()
             found.append("\n".join([f"[{kind}]", *(wrapped for line in lines for wrapped in textwrap.wrap(line, 70) or [""])]))
     return found

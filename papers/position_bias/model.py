@@ -62,8 +62,8 @@ class SelfAttention(Attention):
         context = self.context(x, x)
         q, k, v = (split_heads(y, 1) for y in (self.query_projection(x), self.key_projection(context), self.value_projection(context)))
         if self.rope:
-            cos, sin = rotary(torch.arange(x.shape[1], device=x.device), q.shape[-1], self.base)
-            q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+            turns = torch.complex(*rotary(torch.arange(x.shape[1], device=x.device), q.shape[-1], self.base))
+            q, k = rotate_pairs(q, turns), rotate_pairs(k, turns)
         return self.output(merge_heads(self.attend(q, k, v, bias=log_mask)))
 
 
