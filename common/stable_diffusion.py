@@ -6,10 +6,11 @@
     e = ε(z, t, c_∅) + w (ε(z, t, c) - ε(z, t, c_∅))             guidance; c_∅ is the empty prompt, in XL zeros
 
 A published directory has a folder for each part. The small model that ships has the same layout but no vae: its latents are the image
-itself, space to depth, so that they are exact, white noise in z is white noise in x, and a mask of z is every other pixel of one of x.
+itself, space to depth, so that they are exact and white noise in z is white noise in x.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,19 +32,23 @@ from common.prompts import Tokenizer
 
 
 class SpaceToDepth(nn.Module):
-    """z[4c + 2i + j, y, x] = s image[c, 2y + i, 2x + j]: orthogonal, without parameters.
+    """z[f² c + f i + j, y, x] = s image[c, f y + i, f x + j]: orthogonal, without parameters.
 
-    Neighbours in an image agree, so that at unit scale the noisiest z_t of Stable Diffusion's schedule would still show the background, which
-    the noise that sampling starts from does not have. s = 1/4 hides it.
+    factor: f. Neighbours in an image agree, so that at unit scale the noisiest z_t of Stable Diffusion's schedule would still show the
+    background, which the noise that sampling starts from does not have. s = 1/4 hides it.
     """
 
-    factor, scaling_factor = 2, 0.25
+    scaling_factor = 0.25
 
-    def encode(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 12 h w"]:
-        return self.scaling_factor * F.pixel_unshuffle(image, 2)
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
 
-    def decode(self, z: Float[Tensor, "b 12 h w"]) -> Float[Tensor, "b 3 H W"]:
-        return F.pixel_shuffle(z / self.scaling_factor, 2)
+    def encode(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b l h w"]:
+        return self.scaling_factor * F.pixel_unshuffle(image, self.factor)
+
+    def decode(self, z: Float[Tensor, "b l h w"]) -> Float[Tensor, "b 3 H W"]:
+        return F.pixel_shuffle(z / self.scaling_factor, self.factor)
 
 
 class StableDiffusion(nn.Module):
@@ -148,10 +153,12 @@ class StableDiffusion(nn.Module):
             for part, encoder in zip(towers, encoders, strict=True)
         ]
         unet = UNet2DConditionModel.from_pretrained(f"{source}/unet", dtype=dtype)
-        has_vae = (directory / "vae").is_dir()
-        if not has_vae and unet.config.out_channels != 12:
-            raise UserError(f"{source} has no vae, which latents of {unet.config.out_channels} channels need: fetch the whole model")
-        codec = AutoencoderKL.from_pretrained(f"{source}/vae", dtype=dtype) if has_vae else SpaceToDepth()
+        if (directory / "vae").is_dir():
+            codec = AutoencoderKL.from_pretrained(f"{source}/vae", dtype=dtype)
+        else:
+            codec = SpaceToDepth(math.isqrt(unet.config.out_channels // 3))
+            if unet.config.out_channels != 3 * codec.factor**2:
+                raise UserError(f"{source} has no vae, which latents of {unet.config.out_channels} channels need: fetch the whole model")
         whole = cls(unet, encoders, tokenizers, codec, Schedule.from_config(json.loads(schedule.read_text())))
         return whole.to(memory_format=torch.channels_last).eval()  # convolutions in half the time on a CPU
 

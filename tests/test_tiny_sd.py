@@ -75,12 +75,13 @@ def test_every_caption_fits_the_small_model():
 # ---- codec ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_space_to_depth():
-    image = torch.rand(2, 3, 6, 8)
-    z = SpaceToDepth().encode(image)
-    assert z.shape == (2, 12, 3, 4) and torch.equal(SpaceToDepth().decode(z), image)
+@pytest.mark.parametrize("f", [2, 4])
+def test_space_to_depth(f):
+    image, codec = torch.rand(2, 3, 2 * f, 3 * f), SpaceToDepth(f)
+    z = codec.encode(image)
+    assert z.shape == (2, 3 * f * f, 2, 3) and torch.equal(codec.decode(z), image)
     for c, i, j in ((0, 0, 0), (0, 0, 1), (1, 1, 0), (2, 1, 1)):
-        assert torch.equal(z[:, 4 * c + 2 * i + j], image[:, c, i::2, j::2] / 4)
+        assert torch.equal(z[:, f * f * c + f * i + j], image[:, c, i::f, j::f] / 4)
 
 
 # ---- the pipeline ---------------------------------------------------------------------------------------------------------------------
