@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import os
 import random
 import statistics
@@ -159,16 +160,20 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int = 5, seconds: float = 0.2) -> dict[str, float]:
-    """Median seconds per call of each function, measured in turns so that a change of the machine's load meets all of them."""
+    """Median seconds per call of each function, measured in turns so that a change of the machine's load meets all of them.
+
+    seconds: how long a turn takes at least.
+    """
     from torch.utils.benchmark import Timer  # its import looks for a CUDA toolkit, aloud
 
     timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in functions.items()}
     for function in functions.values():
         function()
+    calls = {name: math.ceil(seconds / timer.timeit(1).mean) for name, timer in timers.items()}
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, timer in timers.items():
-            times[name].append(timer.blocked_autorange(min_run_time=seconds).median)
+            times[name].append(timer.timeit(calls[name]).mean)
     return {name: statistics.median(t) for name, t in times.items()}
 
 

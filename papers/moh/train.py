@@ -48,7 +48,7 @@ class Config(RunConfig):
 
 SCALES = {
     "smoke": Config(
-        seeds=(0,), steps=4, batch=8, dim=16, depth=2, text_dim=16, text_depth=1, context=16, text_steps=4,
+        seeds=(0,), steps=2, batch=8, dim=16, depth=2, text_dim=16, text_depth=1, context=16, text_steps=2,
         text_batch=2, tune=1.0, lengths=(2, 4, 8, 16), timed_head_dim=2, repeats=1, processes=1,
     ),
     "small": Config(seeds=(0, 1, 2, 3, 4), steps=400, batch=32, lr=8e-3),
