@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from einops import rearrange
+from sklearn.decomposition import PCA
 
 from common.data import scenes
 from common.diffusion import Schedule
 from common.errors import UserError
 from common.pretrain import tiny_sd
 from common.prompts import END, START, Tokenizer, _bpe
-from common.stable_diffusion import SpaceToDepth, StableDiffusion
+from common.stable_diffusion import PatchCodec, PatchCodecConfig, StableDiffusion
 
 PUBLISHED = {token: i for i, token in _bpe().decoder.items()} | {START: 49406, END: 49407}
 
@@ -75,13 +77,20 @@ def test_every_caption_fits_the_small_model():
 # ---- codec ----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("f", [2, 4])
-def test_space_to_depth(f):
-    image, codec = torch.rand(2, 3, 2 * f, 3 * f), SpaceToDepth(f)
-    z = codec.encode(image)
-    assert z.shape == (2, 3 * f * f, 2, 3) and torch.equal(codec.decode(z), image)
-    for c, i, j in ((0, 0, 0), (0, 0, 1), (1, 1, 0), (2, 1, 1)):
-        assert torch.equal(z[:, f * f * c + f * i + j], image[:, c, i::f, j::f] / 4)
+@pytest.mark.parametrize("patch, kept", [(2, 5), (4, 12)])
+def test_the_codec_is_the_principal_components_of_patches(patch, kept):
+    images = scenes.captioned(20, 3).images / 127.5 - 1
+    codec = PatchCodec(PatchCodecConfig(patch, kept)).fit(images)
+    z = codec.encode(images)
+    assert z.shape == (20, kept, 32 // patch, 32 // patch) and z.var(correction=0).item() == pytest.approx(1, abs=0.01)
+    split, whole = "(b h w) (c i j)", "b c (h i) (w j)"
+    rows = rearrange(images, f"{whole} -> {split}", i=patch, j=patch).numpy()
+    pca = PCA(kept).fit(rows)
+    expected = torch.from_numpy(pca.inverse_transform(pca.transform(rows)))
+    expected = rearrange(expected, f"{split} -> {whole}", b=20, h=32 // patch, i=patch, j=patch)
+    torch.testing.assert_close(codec.decode(z), expected, rtol=0, atol=1e-4)
+    noise = torch.randn(2, kept, 3, 5)
+    torch.testing.assert_close(codec.encode(codec.decode(noise)), noise, rtol=0, atol=1e-4)
 
 
 # ---- the pipeline ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ def test_the_noise_of_an_image_leads_back_to_it():
     model = tiny_sd.build().eval()
     model.schedule = Schedule()  # which makes the output the noise
     torch.nn.init.zeros_(model.unet.conv_out.weight)
-    images = torch.rand(2, 3, 32, 32)
+    images = model.decode(0.2 * model.noise(2, 0))  # which the codec keeps, within the range of colours
     noise = model.invert(images, ["", ""], steps=5)
     torch.testing.assert_close(model.sample(["", ""], steps=5, guidance=1, noise=noise), images, rtol=0, atol=1e-4)
 
@@ -188,6 +197,10 @@ def test_the_noise_of_an_image_leads_back_to_it():
 def test_incomplete_directories_are_refused(tmp_path):
     model = tiny_sd.build()
     model.save_pretrained(tmp_path)
+    (tmp_path / "codec").rename(tmp_path / "kodec")
+    with pytest.raises(UserError, match="has no vae, which decodes its latents: fetch the whole model"):
+        StableDiffusion.from_pretrained(tmp_path)
+    (tmp_path / "kodec").rename(tmp_path / "codec")
     (tmp_path / "tokenizer" / "vocab.json").unlink()
     with pytest.raises(UserError, match=r"has no vocab\.json: give the directory of a published model"):
         StableDiffusion.from_pretrained(tmp_path)
