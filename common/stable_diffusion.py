@@ -11,70 +11,23 @@ linear one, so that white noise in z is white noise in x.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from common import diffusion
 from common.backbones import pretrained
 from common.backbones.clip import CLIPText, CLIPTextWithProjection
-from common.backbones.pretrained import Pretrained
 from common.backbones.sd_unet import UNet2DConditionModel
 from common.backbones.sd_vae import AutoencoderKL
 from common.diffusion import After, Guided, Schedule, guided
 from common.errors import UserError
+from common.patch_codec import PatchCodec
 from common.prompts import Tokenizer
-
-
-@dataclass
-class PatchCodecConfig:
-    patch: int = 4  # pixels a side
-    latent_channels: int = 12  # components kept
-
-
-class PatchCodec(Pretrained, nn.Module):
-    """z = s Vᵀ(p - μ),  p ≈ μ + V z / s:  the first principal components of the patches p of images in [-1, 1].
-
-    Neighbouring pixels agree: a quarter of the components holds 96% of a scene's variance, and white noise of all of them would be spent on
-    the rest. V is orthonormal and s makes the mean variance of z one.
-    """
-
-    config_class = PatchCodecConfig
-
-    def __init__(self, config: PatchCodecConfig):
-        super().__init__()
-        self.config = config
-        pixels = 3 * config.patch**2
-        self.mean = nn.Parameter(torch.zeros(pixels), requires_grad=False)  # μ
-        self.basis = nn.Parameter(torch.eye(pixels, config.latent_channels), requires_grad=False)  # V
-        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)  # s
-
-    @torch.no_grad()
-    def fit(self, images: Float[Tensor, "b 3 H W"]) -> Self:
-        """μ, V and s of these images."""
-        p = self._patches(images).flatten(0, -2)
-        variance, vectors = torch.linalg.eigh(torch.cov(p.T))  # in ascending order
-        self.mean.copy_(p.mean(0))
-        self.basis.copy_(vectors.flip(1)[:, : self.basis.shape[1]])
-        self.scale.copy_(variance.flip(0)[: self.basis.shape[1]].mean().rsqrt())
-        return self
-
-    def _patches(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b h w pixels"]:
-        return rearrange(F.pixel_unshuffle(images, self.config.patch), "b c h w -> b h w c")
-
-    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b l h w"]:
-        return rearrange(self.scale * (self._patches(images) - self.mean) @ self.basis, "b h w l -> b l h w")
-
-    def decode(self, z: Float[Tensor, "b l h w"]) -> Float[Tensor, "b 3 H W"]:
-        p = self.mean + rearrange(z, "b l h w -> b h w l") @ self.basis.T / self.scale
-        return F.pixel_shuffle(rearrange(p, "b h w c -> b c h w"), self.config.patch)
-
 
 CODECS = {"vae": AutoencoderKL, "codec": PatchCodec}  # by folder
 

@@ -1,4 +1,4 @@
-"""Prompts and sampling for the small Wan, whose latents are the pixels in [-1, 1].
+"""Prompts and sampling for the small Wan, whose latents are those of a PatchCodec.
 
 Its text encoder is the one-hot code of a caption's five words: with that as input, the first layer of the model's own prompt embedding is
 a table of word vectors.
@@ -12,6 +12,7 @@ from torch import Tensor
 from common.backbones.wan import WanTransformer3DModel
 from common.data.videos import VOCABULARY, tokenize
 from common.diffusion import flow_sample, flow_sigmas, guided
+from common.patch_codec import PatchCodec
 
 FRAMES, SIZE = 6, 32  # of the clips it has learnt; it takes others
 WORDS = 5  # in a caption
@@ -26,13 +27,14 @@ def prompt_states(captions: list[str]) -> Float[Tensor, "n words vocabulary"]:
 @torch.no_grad()
 def sample(
     model: WanTransformer3DModel,
+    codec: PatchCodec,
     captions: list[str],
-    noise: Float[Tensor, "n 3 frames h w"],
+    noise: Float[Tensor, "n l frames h w"],
     steps: int = 20,
     guidance: float = 3.0,
     shift: float = 3.0,
-) -> Float[Tensor, "n 3 frames h w"]:
-    """Clips from noise, by Euler steps."""
+) -> Float[Tensor, "n 3 frames H W"]:
+    """Clips in [-1, 1] from noise, by Euler steps."""
     condition, null = ({"encoder_hidden_states": prompt_states(texts).to(noise)} for texts in (captions, [""] * len(captions)))
     velocity = guided(model, condition, null if guidance != 1 else None, guidance)
-    return flow_sample(velocity, noise, flow_sigmas(steps, shift)).clamp(-1, 1)
+    return codec.decode(flow_sample(velocity, noise, flow_sigmas(steps, shift))).clamp(-1, 1)

@@ -10,9 +10,10 @@ from sklearn.decomposition import PCA
 from common.data import scenes
 from common.diffusion import Schedule
 from common.errors import UserError
+from common.patch_codec import PatchCodec, PatchCodecConfig
 from common.pretrain import tiny_sd
 from common.prompts import END, START, Tokenizer, _bpe
-from common.stable_diffusion import PatchCodec, PatchCodecConfig, StableDiffusion
+from common.stable_diffusion import StableDiffusion
 
 PUBLISHED = {token: i for i, token in _bpe().decoder.items()} | {START: 49406, END: 49407}
 

@@ -25,10 +25,11 @@ from common.diffusion import Schedule
 from common.gpu import seed_everything
 from common.layers import init_by_fan_in
 from common.loop import fit
+from common.patch_codec import PatchCodec, PatchCodecConfig
 from common.prompts import Tokenizer
 from common.reader import Reader, accuracy, read, truth
 from common.results import content_hash
-from common.stable_diffusion import PatchCodec, PatchCodecConfig, StableDiffusion
+from common.stable_diffusion import StableDiffusion
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""tiny-wan: a text-to-video transformer on pixels, and the network that judges its clips.
+"""tiny-wan: a text-to-video transformer, the codec of its latents, and the network that judges its clips.
 
-Data: a shape of one of four colours, striped, moves in one of four directions over six frames of 32 x 32. Rectified flow with the shift 3
-that Wan has at its smallest size: x_σ = (1-σ) x + σ ε, v = ε - x, σ = 3u/(1 + 2u) with u uniform; one caption in ten is the null prompt.
-Like Wan, it learns from single frames first: a seventh of the cost, and all but the motion is there.
+Data: a shape of one of four colours, striped, moves in one of four directions over six frames of 32 x 32, or 8 x 8 latents. Rectified flow
+with the shift 3 that Wan has at its smallest size: x_σ = (1-σ) x + σ ε, v = ε - x, σ = 3u/(1 + 2u) with u uniform; one caption in ten is the
+null prompt.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -23,6 +24,7 @@ from common.diffusion import shifted
 from common.gpu import seed_everything
 from common.layers import init_by_fan_in
 from common.loop import fit
+from common.patch_codec import PatchCodec, PatchCodecConfig
 from common.results import content_hash
 from common.tiny_wan import FRAMES, SIZE, sample
 from common.video_metrics import VideoNet, VideoNetConfig, metrics, stored
@@ -31,20 +33,16 @@ from common.video_metrics import VideoNet, VideoNetConfig, metrics, stored
 @dataclass
 class Config(RunConfig):
     seeds: tuple[int, ...] = (0,)
-    steps: int = 900
-    batch: int = 8
+    steps: int = 2800
+    batch: int = 16
     lr: float = 2e-3
-    frame_steps: int = 2500  # before, on single frames
-    frame_batch: int = 16
-    frame_lr: float = 4e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float | None = 1.0
     ema: float | None = 0.995
     clips: int = 4096  # rendered in advance
-    patch: int = 4  # pixels
-    heads: int = 2
-    head_dim: int = 48  # its rows and columns turn by 1, 0.3, 0.1 ... a token; heads of 24 by 1 and 0.1 take opposite edges for neighbours
+    heads: int = 3
+    head_dim: int = 32  # of it 10 channels for rows and columns each: they turn by 1, 0.16, 0.03 ... a token, and there are 4 x 4
     layers: int = 4
     ffn: int = 256
     judge_steps: int = 1500
@@ -55,12 +53,12 @@ class Config(RunConfig):
 
 SCALES = {
     "smoke": Config(
-        steps=3, batch=2, frame_steps=2, frame_batch=2, clips=16, layers=1, head_dim=12, heads=2, ffn=24, ema=0.5,
+        steps=3, batch=2, clips=16, layers=1, head_dim=12, heads=2, ffn=24, ema=0.5,
         judge_steps=2, judge_batch=4, judge_clips=16,
     ),
     "small": Config(),
 }  # fmt: skip
-COMPONENTS = {"transformer": WanTransformer3DModel, "judge": VideoNet}
+COMPONENTS = {"transformer": WanTransformer3DModel, "codec": PatchCodec, "judge": VideoNet}
 
 TRAIN, TRAIN_JUDGE, TEST = 0, 1, 2  # seeds of the clips
 
@@ -99,10 +97,11 @@ def _bytes(video: Tensor) -> Tensor:
 # ---- training -------------------------------------------------------------------------------------------------------------------------
 
 
-def build(cfg: Config) -> WanTransformer3DModel:
+def build(cfg: Config, codec: PatchCodec) -> WanTransformer3DModel:
+    channels = codec.config.latent_channels
     model = WanTransformer3DModel(
         WanConfig(
-            patch_size=(1, cfg.patch, cfg.patch), num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim, in_channels=3, out_channels=3,
+            patch_size=(1, 2, 2), num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim, in_channels=channels, out_channels=channels,
             text_dim=len(VOCABULARY), freq_dim=64, ffn_dim=cfg.ffn, num_layers=cfg.layers,
         )
     )  # fmt: skip
@@ -112,20 +111,13 @@ def build(cfg: Config) -> WanTransformer3DModel:
     return model
 
 
-def flow_loss(model: WanTransformer3DModel, batch: tuple[Tensor, Tensor]) -> Tensor:
-    video, words = batch
-    x = video / 127.5 - 1
+def flow_loss(model: WanTransformer3DModel, batch: tuple[Float[Tensor, "b l t h w"], Int[Tensor, "b words"]]) -> Tensor:
+    x, words = batch
     words = words * (torch.rand(len(words), 1, device=words.device) >= 0.1)  # word 0 is <null>
     sigma = shifted(torch.rand(len(x), device=x.device), 3.0)
     level, noise = sigma[:, None, None, None, None], torch.randn_like(x)
     velocity = model((1 - level) * x + level * noise, 1000 * sigma, F.one_hot(words, len(VOCABULARY)).float())
     return F.mse_loss(velocity, noise - x)
-
-
-def frame_loss(model: WanTransformer3DModel, batch: tuple[Tensor, Tensor]) -> Tensor:
-    video, words = batch
-    frame = torch.randint(video.shape[2], (1,), device=video.device)
-    return flow_loss(model, (video[:, :, frame], words))
 
 
 def judge_loss(judge: VideoNet, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -145,32 +137,31 @@ def train(cfg: Config) -> dict[str, nn.Module]:
     judge = fit(VideoNet(VideoNetConfig()), judge_loss, Batches(dataset, judge_cfg.batch, seed), judge_cfg, "judge")
 
     pool = clips(cfg)
-    dataset = TensorDataset(_bytes(pool.video), tokenize(pool.captions))
+    codec = PatchCodec(PatchCodecConfig()).fit(pool.video[:600])
     seed_everything(seed)
-    frame_cfg = replace(cfg, steps=cfg.frame_steps, batch=cfg.frame_batch, lr=cfg.frame_lr, ema=None)
-    model = fit(build(cfg), frame_loss, Batches(dataset, frame_cfg.batch, seed), frame_cfg, "frames")
-    return {"transformer": fit(model, flow_loss, Batches(dataset, cfg.batch, seed), cfg, "transformer"), "judge": judge}
+    dataset = TensorDataset(codec.encode(pool.video), tokenize(pool.captions))
+    return {"transformer": fit(build(cfg, codec), flow_loss, Batches(dataset, cfg.batch, seed), cfg, "transformer"), "codec": codec, "judge": judge}
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------------------------
 
 
-def samples(model: WanTransformer3DModel, captions: list[str], steps: int = 16, **options) -> Tensor:
-    noise = torch.randn(len(captions), 3, FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(TEST))
-    return sample(model, captions, noise, steps, **options)
+def samples(models: dict[str, nn.Module], captions: list[str], steps: int = 16, **options) -> Tensor:
+    codec, side = models["codec"].config, SIZE // models["codec"].config.patch
+    noise = torch.randn(len(captions), codec.latent_channels, FRAMES, side, side, generator=torch.Generator().manual_seed(TEST))
+    return sample(models["transformer"], models["codec"], captions, noise, steps, **options)
 
 
 def measure(models: dict[str, nn.Module]) -> dict[str, float]:
     """A clip for each of the 48 captions, 16 steps; ceiling: rendered clips; floor: samples of the null prompt. All of them as mp4."""
-    model, judge = models["transformer"], models["judge"]
     real = held_out()
     reference = stored(real, real.video)
     videos = {
-        "": samples(model, real.captions),
+        "": samples(models, real.captions),
         " (ceiling)": real.video,
-        " (floor)": samples(model, [""] * len(real.captions), guidance=1.0),
+        " (floor)": samples(models, [""] * len(real.captions), guidance=1.0),
     }
-    found = {suffix: metrics(judge, stored(real, video), real.labels, reference) for suffix, video in videos.items()}
+    found = {suffix: metrics(models["judge"], stored(real, video), real.labels, reference) for suffix, video in videos.items()}
     return {name + suffix: value for name in found[""] for suffix, values in found.items() for value in [values[name]]}
 
 
@@ -179,7 +170,7 @@ def sheet(models: dict[str, nn.Module]) -> Figure:
     real = held_out()
     chosen = torch.arange(0, 48, 3)
     captions = [real.captions[i] for i in chosen]
-    video = samples(models["transformer"], captions, 20)
+    video = samples(models, captions, 20)
     figure = Figure(figsize=(10, 8), layout="constrained")
     for axes, clip, text in zip(figure.subplots(8, 2).ravel(), video, captions, strict=True):
         axes.imshow(np.hstack(((clip.permute(1, 2, 3, 0) + 1) / 2).numpy()))
