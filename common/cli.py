@@ -115,9 +115,10 @@ def repro(argv: list[str]) -> None:
         for checkpoint in cfg.out.rglob("step-*"):
             checkpoint.unlink()
         (cfg.out / "results.json").unlink()
-    began = time.monotonic()
-    paper.module("train").train(cfg)
-    _evaluate(paper, scale, cfg, began)
+        (cfg.out / "seconds").unlink(missing_ok=True)
+    with results.counting(cfg.out / "seconds"):
+        paper.module("train").train(cfg)
+    _evaluate(paper, scale, cfg)
 
 
 def train(argv: list[str]) -> None:
@@ -132,7 +133,7 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     paper, scale, cfg = _options("eval", argv)
     if cfg.weights is None:
-        return _evaluate(paper, scale, cfg, time.monotonic())
+        return _evaluate(paper, scale, cfg)
     published = getattr(paper.module("eval"), "evaluate_published", None)
     if published is None:
         raise UserError(f"{paper.slug} has no published weights to evaluate")
@@ -140,8 +141,9 @@ def evaluate(argv: list[str]) -> None:
         print(f"{name}  {value}")
 
 
-def _evaluate(paper: Paper, scale: str, cfg, began: float) -> None:
-    """Measure, judge, draw, and leave results.json and figure.svg in the run directory."""
+def _evaluate(paper: Paper, scale: str, cfg) -> None:
+    """Measure, judge, draw, and leave results.json and figure.svg in the run directory. The time is that of the training and of this."""
+    began = time.monotonic() - results.counted(cfg.out / "seconds")
     module = paper.module("eval")
     measured = module.evaluate(cfg)
     found = results.results(paper, cfg, scale, measured, time.monotonic() - began)
@@ -183,7 +185,7 @@ def _smoke(paper: Paper) -> None:
             run = path.relative_to(whole.out)
             (resumed, _), (once, _) = loop.read_safetensors(cfg.out / run), loop.read_safetensors(path)
             assert all(resumed[name].equal(once[name]) for name in resumed | once), f"{run} of the resumed run differs from the uninterrupted one's"
-        _evaluate(paper, "smoke", cfg, time.monotonic())
+        _evaluate(paper, "smoke", cfg)
 
 
 def record(argv: list[str]) -> None:

@@ -18,8 +18,10 @@ import re
 import statistics
 import subprocess
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -130,6 +132,21 @@ def commit() -> str:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting(path: Path) -> Iterator[None]:
+    """Add the seconds that the block takes to the number in a file, those until an interruption too."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        write(path, str(counted(path) + time.monotonic() - began))
+
+
+def counted(path: Path) -> float:
+    """The number in that file; 0 if there is none."""
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def write(path: Path, text: str) -> None:

@@ -121,3 +121,14 @@ def test_content_hash_sees_shape_type_and_value():
     a = np.arange(6)
     hashes = {results.content_hash(x) for x in (a, a.reshape(2, 3), a.astype(np.int32), a + 1, a.tobytes())}
     assert len(hashes) == 5 and results.content_hash(torch.arange(6)) == results.content_hash(a)
+
+
+def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
+    clock = iter([10.0, 13.5, 100.0, 101.0])
+    monkeypatch.setattr(results.time, "monotonic", lambda: next(clock))
+    assert results.counted(tmp_path / "seconds") == 0
+    with pytest.raises(KeyboardInterrupt), results.counting(tmp_path / "seconds"):
+        raise KeyboardInterrupt
+    with results.counting(tmp_path / "seconds"):
+        pass
+    assert results.counted(tmp_path / "seconds") == 4.5

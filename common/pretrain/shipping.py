@@ -1,7 +1,6 @@
 """From a recipe to the files under data/checkpoints, and back."""
 
 import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,20 +32,17 @@ def run(name: str, cfg: RunConfig, command: str) -> dict:
     An interrupted run is finished, and its seconds count; after a finished one, the next starts over.
     """
     module, spent = recipe(name), Path(cfg.out) / "seconds"
-    began = time.monotonic() - (float(spent.read_text()) if spent.exists() else 0)
-    try:
+    with results.counting(spent):
         trained = module.train(cfg)
-    finally:
-        results.write(spent, str(time.monotonic() - began))
     for part, model in trained.items():
         model.save_pretrained(pretrained.CHECKPOINTS / name / part, torch.bfloat16)
-    seconds, models = float(spent.read_text()), load(name)
+    models = load(name)
     found = {
         "command": command,
         "config": {k: v for k, v in asdict(cfg).items() if k not in ("out", "weights", "data")},
         "seed": cfg.seeds[0],
         "data": module.data(cfg),
-        "seconds": round(seconds, 1),
+        "seconds": round(results.counted(spent), 1),
         "parameters": {part or name: sum(p.numel() for p in model.parameters()) for part, model in models.items()},
         "quality": module.measure(models),
         "commit": results.commit(),
