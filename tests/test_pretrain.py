@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from common import cli, pretrain
+from common import cli, pretrain, results
 from common.backbones import pretrained
 from common.backbones.pretrained import Pretrained
 from common.config import RunConfig
@@ -65,7 +65,7 @@ def test_the_seconds_of_an_interrupted_run_count(tmp_path, monkeypatch):
     monkeypatch.setattr(shipping, "SHEETS", tmp_path / "sheets")
     module, clock = a_recipe(), [0.0]
     monkeypatch.setattr(shipping, "recipe", lambda name: module)
-    monkeypatch.setattr(shipping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(results.time, "monotonic", lambda: clock[0])
     whole = module.train
 
     def takes(seconds: float, interrupted: bool) -> None:
