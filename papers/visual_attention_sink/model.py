@@ -94,11 +94,9 @@ def redistribute(
     p: float = 0.6,
 ) -> Float[Tensor, "b h n m"]:
     """a' in the given rows, a in the others. A row without weight on a receiver stays as it is: the budget would have nowhere to go."""
-    sinks, receivers = sinks.to(a.dtype), receivers.to(a.dtype)
-    budget = p * (a * sinks).sum(-1, keepdim=True)  # Ω_i
-    total = (a * receivers).sum(-1, keepdim=True)
-    factor = 1 - p * sinks + budget / total * receivers
-    return torch.where(rows & (total > 0), a * factor, a)
+    taken, base = p * (a * sinks), a * receivers
+    budget, total = taken.sum(-1, keepdim=True), base.sum(-1, keepdim=True)  # Ω_i, and what it is shared out in proportion to
+    return torch.where(rows & (total > 0), a - taken + budget / total * base, a)
 
 
 class VAR:
@@ -128,7 +126,7 @@ class VAR:
         self.image, self.channels, self.tau, self.p, self.receivers = image, channels, tau, p, receivers
         self.select = {"mass": mass, "rho": rho, "official": official}
         self.sinks: dict[int, Bool[Tensor, "b n"]] = {}  # by layer
-        self.masks: dict[int, Float[Tensor, "2 b 1 1 n"]] = {}  # sinks and receivers
+        self.masks: dict[int, tuple[Float[Tensor, "b 1 1 n"], Float[Tensor, "b 1 1 n"]]] = {}  # sinks and receivers
 
     def hidden(self, site: Site, x: Float[Tensor, "b n c"]) -> None:
         """I_sink of a new prompt; what is generated is not tested."""
@@ -141,13 +139,13 @@ class VAR:
         kind = torch.full_like(sinks, self.receivers != "image")
         kind[:, self.image] = self.receivers != "text"
         self.sinks[layer] = sinks
-        self.masks[layer] = torch.stack([sinks, kind & ~sinks])[:, :, None, None].to(dtype)
+        self.masks[layer] = sinks[:, None, None].to(dtype), (kind & ~sinks)[:, None, None].to(dtype)
 
     def weights(self, site: Site, a: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
         n, m = a.shape[2:]
-        if m > self.masks[site.layer].shape[-1]:  # room for what is generated: text, and no sinks
+        if m > self.sinks[site.layer].shape[1]:  # room for what is generated: text, and no sinks
             self.begin(site.layer, F.pad(self.sinks[site.layer], (0, m)), a.dtype)
-        sinks, receivers = self.masks[site.layer][..., :m]
+        sinks, receivers = (mask[..., :m] for mask in self.masks[site.layer])
         first = max(0, self.image.stop - (m - n))  # of the rows after the image
         late = a[:, :, first:]
         changed = redistribute(late, image_centric(late, sinks, self.image, **self.select), sinks, receivers, self.p)
