@@ -112,10 +112,8 @@ def list_papers(argv: list[str]) -> None:
 def repro(argv: list[str]) -> None:
     paper, scale, cfg = _options("repro", argv)
     if (cfg.out / "results.json").exists():  # the last repro ended: this is a new one, not its continuation
-        for checkpoint in cfg.out.rglob("step-*"):
-            checkpoint.unlink()
+        results.start_over(cfg.out)
         (cfg.out / "results.json").unlink()
-        (cfg.out / "seconds").unlink(missing_ok=True)
     with results.counting(cfg.out / "seconds"):
         paper.module("train").train(cfg)
     _evaluate(paper, scale, cfg)

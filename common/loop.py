@@ -239,7 +239,7 @@ class _Run:
             return 0
         weights, meta = self.read(step)
         self.check(meta)
-        rest = _read_torch(self.path(step, "pt"))
+        rest = read_torch(self.path(step, "pt"))
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(model, rest["model"] if ema else weights, options=options)
         if step < self.cfg.steps:
@@ -321,8 +321,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, meta
 
 
-def _read_torch(path: Path):
-    """A torch file of tensors and plain containers; nothing else is ever unpickled."""
+def read_torch(path: Path):
+    """A torch file of tensors and plain containers; nothing else is ever unpickled. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: check the path")
     try:
@@ -338,7 +338,7 @@ def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str | Non
     shapes are checked before anything is loaded; raises UserError with the first mismatches.
     """
     path = Path(path)
-    weights = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
+    weights = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
     if key and isinstance(weights, dict) and key in weights:
         weights = weights[key]
     if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):

@@ -44,6 +44,12 @@ class Tokenizer:
         return cls({token: row for row, token in enumerate(tokens)}, length)
 
     @classmethod
+    def whole(cls, length: int) -> "Tokenizer":
+        """The published table of 49,408 tokens: the end of text is the last."""
+        *tokens, _, _ = _bpe().decoder.values()  # the last two have other names there
+        return cls({token: row for row, token in enumerate([*tokens, START, END])}, length)
+
+    @classmethod
     def from_pretrained(cls, directory: Path, length: int) -> "Tokenizer":
         """Of a published directory. Raises UserError if it lacks a file."""
         specials = _json(directory / "special_tokens_map.json")

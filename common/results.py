@@ -144,6 +144,13 @@ def counting(path: Path) -> Iterator[None]:
         write(path, str(counted(path) + time.monotonic() - began))
 
 
+def start_over(run: Path) -> None:
+    """Forget the checkpoints below a finished run's directory, and its seconds; what else lies there stays."""
+    for checkpoint in run.rglob("step-*"):
+        checkpoint.unlink()
+    (run / "seconds").unlink(missing_ok=True)
+
+
 def counted(path: Path) -> float:
     """The number in that file; 0 if there is none."""
     return float(path.read_text()) if path.exists() else 0.0

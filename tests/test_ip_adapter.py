@@ -382,7 +382,7 @@ def test_hostile_files(sd, tmp_path):
     for name, content, message in [
         ("no.bin", None, "does not exist"),
         ("no.safetensors", None, "does not exist"),
-        ("junk.bin", b"junk", "is not a torch file of the two dicts"),
+        ("junk.bin", b"junk", "is not a torch checkpoint of plain tensors"),
         ("junk.safetensors", b"junk", "is not a whole safetensors file"),
         ("list.bin", [1, 2], "is not a torch file of the two dicts"),
         ("half.bin", {"image_proj": {"proj.weight": torch.ones(1)}}, "is not a torch file of the two dicts"),

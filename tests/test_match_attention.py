@@ -13,6 +13,7 @@ from common.attention import controlled
 from common.data import stereo as data
 from common.errors import UserError
 from common.gpu import count_flops, count_params
+from common.pictures import as_png, from_png
 from papers.match_attention import eval as evaluation
 from papers.match_attention import model as ma
 from papers.match_attention.eval import published_name
@@ -482,7 +483,7 @@ def test_windows_are_counted():
 
 def test_pictures_come_back_from_text():
     array = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8).numpy()
-    assert (evaluation.from_png(evaluation.as_png(array)) == array).all()
+    assert (from_png(as_png(array)) == array).all()
 
 
 def kitti(root, disparity=8.0, noc_columns=64):

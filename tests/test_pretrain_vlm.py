@@ -39,7 +39,8 @@ def test_the_recipe_trains_ships_and_loads(tmp_path, monkeypatch):
     assert found["quality"]["captions: words"] <= 40 and (tmp_path / "tiny-vlm.png").stat().st_size > 10_000
     model = Llava.from_pretrained("tiny")
     assert found["parameters"] == {"tiny-vlm": sum(p.numel() for p in model.parameters())}
-    assert not (tmp_path / "runs").exists()  # shipped is finished
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"see", "talk", "align", "look"}
+    assert not [*(tmp_path / "runs").rglob("step-*")]  # the next run starts over
 
 
 def test_only_what_is_to_be_said_counts():

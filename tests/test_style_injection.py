@@ -434,13 +434,13 @@ def test_other_files_are_refused(original, tmp_path):
     for content, message in [
         ({"state_dict": state}, "does not fit CLIPText"),
         ({"weights": state}, "is not the original file of Stable Diffusion 1 \\('state_dict'\\): fetch"),
-        ({"state_dict": state, "other": Config()}, "is not the original file"),
+        ({"state_dict": state, "other": Config()}, "is not a torch checkpoint of plain tensors"),
     ]:
         torch.save(content, path)
         with pytest.raises(UserError, match=message):
             from_original(path, FOUR_LEVELS, SMALL_VAE, replace(SMALL_TEXT, num_hidden_layers=2))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="is not the original file"):
+    with pytest.raises(UserError, match="is not a torch checkpoint of plain tensors"):
         from_original(path)
     with pytest.raises(UserError, match="does not exist"):
         from_original(tmp_path / "missing.safetensors")

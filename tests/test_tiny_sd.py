@@ -58,7 +58,7 @@ def test_unknown_words_and_long_prompts_are_refused():
 
 
 def test_places_of_a_word():
-    tokenizer = Tokenizer(PUBLISHED, 20)
+    tokenizer = Tokenizer.whole(20)
     assert tokenizer.at("a red circle left of a blue circle", "circle") == [3, 8]
     assert tokenizer.at("a photo of an axolotl", "axolotl") == [5, 6, 7, 8]  # four pieces
     with pytest.raises(ValueError, match="'ring' is not in the prompt"):

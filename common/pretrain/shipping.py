@@ -1,6 +1,5 @@
 """From a recipe to the files under data/checkpoints, and back."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,5 +52,5 @@ def run(name: str, cfg: RunConfig, command: str) -> dict:
     if hasattr(module, "sheet"):
         SHEETS.mkdir(parents=True, exist_ok=True)
         results.save_figure(module.sheet(models), SHEETS / f"{name}.png")
-    shutil.rmtree(cfg.out)
+    results.start_over(Path(cfg.out))
     return found

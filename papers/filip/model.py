@@ -32,7 +32,7 @@ from torch.distributed.nn.functional import all_gather
 from common import gpu
 from common.backbones.clip import CLIP, CLIPConfig, from_open_clip, open_clip_config
 from common.errors import UserError
-from common.loop import load_named, read_safetensors
+from common.loop import load_named, read_safetensors, read_torch
 
 BLOCK = 2**24  # products in memory at a time
 
@@ -271,11 +271,8 @@ def load_published(config: CLIPConfig, path: Path, kind: type[FILIP] = FILIP) ->
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: check the path")
+    state = read_torch(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         return dict(next((state[key] for key in ("model", "state_dict") if key in state), state))
-    except Exception as error:  # torch raises half a dozen types here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a torch checkpoint of plain tensors ({reason}): fetch it again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a torch checkpoint of plain tensors ({error}): fetch it again") from None

@@ -1,7 +1,5 @@
 """Measure IP-Adapter's claims by drawing scenes; a published adapter by CLIP-I and CLIP-T on COCO."""
 
-import base64
-import io
 import json
 import random
 from collections.abc import Sequence
@@ -9,13 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -25,6 +21,7 @@ from common.backbones.sd_unet import UNet2DConditionModel, UNetConfig
 from common.data import scenes
 from common.errors import UserError
 from common.loop import load_run
+from common.pictures import as_png, from_png
 from common.reader import Reader, lpips, read, truth
 from common.results import Measured, content_hash
 from common.stable_diffusion import StableDiffusion
@@ -207,12 +204,10 @@ class Task:
         return measured
 
     def picture(self, draws: Draws) -> str:
-        """The figure's samples: a row for each of the first prompts, a column for each of COLUMNS; a PNG in base 64."""
+        """The figure's samples: a row for each of the first prompts, a column for each of COLUMNS."""
         columns = torch.stack([column[: min(SHOWN, self.cfg.prompts)] for column in (self.images, *(draws[key] for key in COLUMNS))])
         tiles = rearrange(F.pad(columns, [1, 1, 1, 1], value=1.0), "column row c h w -> (row h) (column w) c")
-        file = io.BytesIO()
-        Image.fromarray((255 * tiles).round().byte().cpu().numpy()).save(file, "PNG")
-        return base64.b64encode(file.getvalue()).decode()
+        return as_png((255 * tiles).round().byte().cpu().numpy())
 
 
 def right(found: Tensor, asked: Tensor, factors: Sequence[str]) -> float:
@@ -237,7 +232,7 @@ def figure(details: dict) -> Figure:
     fig = Figure(figsize=(13, 9.5), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.35, 1))
     axis, table = top.subplots(), details["table"]
-    axis.imshow(np.array(Image.open(io.BytesIO(base64.b64decode(details["picture"])))), interpolation="nearest")
+    axis.imshow(from_png(details["picture"]), interpolation="nearest")
     axis.set_xticks([34 * i + 17 for i in range(len(COLUMNS) + 1)], ["image\nprompt", *COLUMNS.values()], fontsize=8)
     axis.set_yticks(
         [34 * i + 17 for i in range(len(details["texts"]))], [text.replace(" at", "\nat").replace(" on", "\non") for text in details["texts"]]

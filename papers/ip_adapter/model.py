@@ -31,7 +31,7 @@ from common.backbones.clip import CLIPVisionWithProjection
 from common.backbones.sd_unet import TokenAttention, UNet2DConditionModel
 from common.diffusion import guided
 from common.errors import UserError
-from common.loop import load_named, read_safetensors
+from common.loop import load_named, read_safetensors, read_torch
 from common.stable_diffusion import StableDiffusion
 
 Features = Float[Tensor, "b E"] | Float[Tensor, "b m E"]  # of an image, global or fine
@@ -277,14 +277,11 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     """Flat names: those of a safetensors file, or of a torch file of two dicts, image_proj and ip_adapter."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: check the path")
+    parts = read_torch(path)
     try:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
         return {f"{part}.{name}": tensor for part in ("image_proj", "ip_adapter") for name, tensor in parts[part].items()}
-    except Exception as error:  # torch raises half a dozen types here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a torch file of the two dicts image_proj and ip_adapter ({reason}): give a published adapter") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a torch file of the two dicts image_proj and ip_adapter ({error}): give a published adapter") from None
 
 
 def projection_for(state: dict[str, Tensor], path: Path) -> nn.Module:

@@ -1,7 +1,5 @@
 """Measure the claims of paper.toml, the growth of the operator up to 4K, and the published checkpoints."""
 
-import base64
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor, nn
 
 from common import gpu
@@ -21,6 +18,7 @@ from common.attention import MultiHeadAttention
 from common.data import stereo
 from common.errors import UserError
 from common.loop import load_run, load_weights
+from common.pictures import as_png, from_png
 from common.results import Measured, content_hash
 from papers.match_attention.model import SIZES, MatchAttention, Matched, MatchStereo, consistent, match_attention, positions, window
 from papers.match_attention.train import STEREO, Config, build, published, rendered
@@ -247,16 +245,6 @@ def example(ours: nn.Module, row: nn.Module, test: stereo.Pairs) -> dict[str, st
     tenths = {name: as_png((-10 * field[0, ..., 0]).clamp(0, 255).round().to(torch.uint8).numpy()) for name, field in maps.items()}
     occluded = as_png((~test.visible[0, 0]).numpy().astype(np.uint8))
     return {"left": as_png(test.left[0].permute(1, 2, 0).numpy()), "occluded": occluded} | tenths
-
-
-def as_png(array: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def from_png(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
 def figure(details: dict) -> Figure:

@@ -1,7 +1,5 @@
 """Judge the images of all methods with a scene reader, look into the injected attention maps, and run the authors' 800 pairs on real weights."""
 
-import base64
-import io
 import math
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from common.attention import attention_logits
 from common.data import scenes
 from common.errors import UserError
 from common.loop import load_weights, read_safetensors
+from common.pictures import as_png, from_png
 from common.reader import Reader, fid, lpips, read, truth
 from common.results import Measured, content_hash
 from common.stable_diffusion import StableDiffusion
@@ -225,7 +224,7 @@ def seconds(cfg: Config, model: StableDiffusion, made: Material) -> dict[str, fl
 
 
 def pictures(images: dict[str, UInt8[Tensor, "p 3 H W"]], made: Material) -> dict:
-    """Two sheets as PNG, base64: contents x styles; and the methods, a pair of each kind a row."""
+    """Two sheets: contents x styles; and the methods, a pair of each kind a row."""
     contents, styles = made.contents.images, made.styles.images
     at = lambda name, c, s: images[name][c * len(styles) + s]
     blank = torch.full_like(contents[0], 255)
@@ -238,9 +237,7 @@ def pictures(images: dict[str, UInt8[Tensor, "p 3 H W"]], made: Material) -> dic
 
 def sheet(rows: list[list[UInt8[Tensor, "3 H W"]]], gap: int = 2) -> str:
     cells = [torch.cat([F.pad(cell, (gap,) * 4, value=255) for cell in row], 2) for row in rows]
-    buffer = io.BytesIO()
-    to_pil_image(torch.cat(cells, 1)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return as_png(torch.cat(cells, 1).permute(1, 2, 0).numpy())
 
 
 def figure(details: dict) -> Figure:
@@ -277,7 +274,7 @@ def figure(details: dict) -> Figure:
 
 def show(axis, png: str, title: str) -> list[float]:
     """A sheet with hard pixels; the middles of its columns."""
-    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+    image = from_png(png)
     axis.imshow(image, interpolation="nearest")
     axis.set_title(title, fontsize=10)
     axis.axis("off")

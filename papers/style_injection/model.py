@@ -18,7 +18,6 @@ Nothing is trained. How the result is measured:
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +32,8 @@ from common.backbones.sd_unet import UNet2DConditionModel, UNetConfig
 from common.backbones.sd_vae import AutoencoderConfig, AutoencoderKL
 from common.diffusion import Guided, Schedule, guided
 from common.errors import UserError
-from common.loop import load_named, read_safetensors
-from common.prompts import END, START, Tokenizer
+from common.loop import load_named, read_safetensors, read_torch
+from common.prompts import Tokenizer
 from common.stable_diffusion import StableDiffusion
 
 Features = dict[tuple[str, int], dict[str, Float[Tensor, "b h n d"]]]  # of a layer's name and a step's number: its "q", "k", "v"
@@ -225,7 +224,7 @@ def from_original(
         weights = {name: t.flatten(1) if t.shape[2:] == (1, 1) and len(shapes.get(name, ())) == 2 else t for name, t in weights.items()}
         load_named(part, weights, path)
     unet, vae, text = parts
-    return StableDiffusion(unet, [text], [Tokenizer(_rows(), text.config.max_position_embeddings)], vae, Schedule()).eval()
+    return StableDiffusion(unet, [text], [Tokenizer.whole(text.config.max_position_embeddings)], vae, Schedule()).eval()
 
 
 class _TrainersCallback:
@@ -236,19 +235,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     known = (_TrainersCallback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+    with torch.serialization.safe_globals([known]):
+        whole = read_torch(path)
     try:
-        with torch.serialization.safe_globals([known]):
-            return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # torch raises half a dozen types here
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not the original file of Stable Diffusion 1 ({reason}): fetch sd-v1-4.ckpt again") from None
-
-
-@cache
-def _rows() -> dict[str, int]:
-    """The whole token table of CLIP."""
-    from open_clip.tokenizer import SimpleTokenizer  # four seconds
-
-    published = SimpleTokenizer().decoder
-    rows = {token: row for row, token in published.items() if row < len(published) - 2}
-    return rows | {START: len(rows), END: len(rows) + 1}
+        return whole["state_dict"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the original file of Stable Diffusion 1 ({error}): fetch sd-v1-4.ckpt again") from None

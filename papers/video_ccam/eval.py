@@ -20,6 +20,7 @@ from common.attention import controlled
 from common.backbones.llama import Llama, LlamaConfig
 from common.errors import UserError
 from common.loop import load_run
+from common.pictures import as_png, from_png
 from common.results import Measured, content_hash
 from common.video import VideoError, read_video, safe_scale, write_video
 from papers.video_ccam import model as ccam
@@ -70,7 +71,7 @@ def evaluate(cfg: Config) -> Measured:
         "cost": cost,
         "mask": frame_mask(last_frames(torch.tensor([short]), cfg.queries), short, 1)[0].int().tolist(),
         "maps": {v: attention_map(models[v][0], order, short) for v in ("ccam", "naive")},
-        "strip": order.video[short][0].permute(0, 2, 3, 1).numpy().tobytes().hex(),
+        "strip": as_png(rearrange(order.video[short][0], "t c h w -> (t h) w c").numpy()),
     }
     return Measured(values, details, {"order clips": order.hash, "blip clips": blip.hash, "images": content_hash(images.video)})
 
@@ -216,7 +217,7 @@ def figure(details: dict) -> Figure:
     top, bottom = fig.subfigures(2, 1, height_ratios=(1, 1.1))
     strip, *maps = top.subplots(1, 4, width_ratios=(1.6, 1, 1, 1))
     lengths, found = details["lengths"], details["quality"]
-    frames = np.frombuffer(bytes.fromhex(details["strip"]), np.uint8).reshape(lengths[0], details["size"], details["size"], 3)
+    frames = from_png(details["strip"]).reshape(lengths[0], details["size"], details["size"], 3)
     rows = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     half = len(rows) // 2
     strip.imshow(np.concatenate([np.concatenate(list(part), 1) for part in (rows[:half], rows[half:])]))
