@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
