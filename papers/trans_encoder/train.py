@@ -56,7 +56,7 @@ class Config(RunConfig):
 
 SCALES = {
     "smoke": Config(
-        seeds=(0,), steps=4, batch=4, captions=16, pairs=16, test_pairs=16, simcse_steps=4, cross_epochs=1, cross_batch=8, bi_epochs=1,
+        seeds=(0,), steps=2, batch=4, captions=16, pairs=16, test_pairs=16, simcse_steps=2, cross_epochs=1, cross_batch=8, bi_epochs=1,
         bi_batch=4, timed=(2, 4), save_every=0.5, processes=1,
     ),
     "small": Config(steps=4000, batch=32, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0, save_every=0.5),

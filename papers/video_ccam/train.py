@@ -54,7 +54,7 @@ class Config(RunConfig):
 
 
 SCALES = {
-    "smoke": Config(seeds=(0,), steps=4, batch=3, dim=16, depth=1, heads=2, queries=4, test_clips=2, timed_dim=16, repeats=1, processes=1),
+    "smoke": Config(seeds=(0,), steps=2, batch=3, dim=16, depth=1, heads=2, queries=4, test_clips=2, timed_dim=16, repeats=1, processes=1),
     "small": Config(steps=600, batch=24, lr=8e-3),
     "full": Config(seeds=(0,), steps=5_000, batch=256, accumulate=32, lr=1e-4, clip=1.0, precision="bf16", workers=8, frames=16, size=384),
 }
