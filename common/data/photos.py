@@ -6,7 +6,6 @@ import numpy as np
 import skimage.data
 from jaxtyping import UInt8
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from common.results import content_hash
 
@@ -31,6 +30,8 @@ TEXTURES = ("brick", "grass", "gravel")
 @cache
 def photos() -> dict[str, UInt8[np.ndarray, "h w 3"]]:
     """Eight colour photographs of various sizes."""
+    from sklearn.datasets import load_sample_images  # a second of imports that only this function needs
+
     found = {name: getattr(skimage.data, name)() for name in PHOTOS[:6]}
     return found | dict(zip(PHOTOS[6:], load_sample_images().images, strict=True))
 

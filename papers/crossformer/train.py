@@ -30,13 +30,13 @@ class Config(RunConfig):
     group: int = 3  # tokens a side
     interval: tuple[int, int] = (4, 2)
     mlp_ratio: float = 2.0
-    segment_steps: int = 200  # of the dense task
+    segment_steps: int = 160  # of the dense task
     sides: tuple[int, ...] = (14, 28, 56, 84)  # tokens a side, for the cost of attention
 
 
 SCALES = {
     "smoke": Config(steps=2, batch=4, train_images=16, test_images=8, dim=16, heads=(1, 2), seeds=(0,), segment_steps=2, sides=(14, 28), processes=1),
-    "small": Config(steps=320, batch=16, clip=5.0),
+    "small": Config(steps=256, batch=16, clip=5.0),
     "full": Config(steps=375_300, batch=1024, lr=1e-3, lr_min=5e-6, warmup=20 / 300, clip=5.0, size=224, seeds=(0,), workers=8, save_every=1 / 300),
 }
 

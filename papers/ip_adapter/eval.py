@@ -89,7 +89,7 @@ def rank_correlation(values: Sequence[float]) -> float:
 
 def published_size() -> int:
     """Parameters of the adapter of Stable Diffusion 1.5 with ViT-H's embedding."""
-    with torch.device("meta"):
+    with gpu.on_meta():
         unet = UNet2DConditionModel(UNetConfig())
         return gpu.count_params(IPAdapter(ImageProjection(1024, unet.config.cross_attention_dim), unet))
 

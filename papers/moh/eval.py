@@ -177,7 +177,7 @@ def recovery(cfg: Config) -> list[float]:
 
 def router_shares(cfg: Config) -> dict[str, tuple[int, float]]:
     """(parameters, routers' share in percent) of models with 75% or 90% of their heads."""
-    with torch.device("meta"):
+    with gpu.on_meta():
         models = {variant: published(variant) for variant in [*TRANSNEXT, *DITS]}
         models |= {"our ViT": build(cfg, "vision", "moh_75"), "our text model": build(cfg, "text", "moh_75")}
     shares = {}
