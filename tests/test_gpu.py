@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common import gpu
@@ -11,6 +12,12 @@ from common.errors import UserError
 
 def test_flops_of_a_product_are_counted_exactly():
     assert gpu.count_flops(lambda: torch.randn(3, 5) @ torch.randn(5, 7)) == 2 * 3 * 5 * 7
+
+
+def test_count_flops_sees_fused_attention():
+    q, k, v = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 20, 4), torch.randn(2, 3, 20, 6)
+    scores, sums = 2 * 6 * 10 * 20 * 4, 2 * 6 * 10 * 20 * 6  # Q Kᵀ and P V of 2 x 3 heads
+    assert gpu.count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == scores + sums
 
 
 def test_peak_memory_is_that_of_the_live_tensors():
