@@ -68,7 +68,7 @@ SCALES = {
         row_dim=8, row_layers=1, heights=(4, 8), image_heights=(192, 224), image=(192, 192), tiny_layers=(1, 1, 1, 1), repeats=1,
         processes=1,
     ),
-    "small": Config(steps=300, batch=2, lr=3e-3, warmup=0.1, weight_decay=1e-4, clip=1.0),
+    "small": Config(steps=250, batch=2, lr=3e-3, warmup=0.1, weight_decay=1e-4, clip=1.0),
     "full": Config(
         seeds=(0,), steps=200_000, batch=8, lr=4e-4, warmup=0.02, weight_decay=1e-4, clip=1.0, crop=(320, 736), workers=8, save_every=0.01
     ),
@@ -125,7 +125,7 @@ class RowMatcher(nn.Module):
         self.widen = nn.Linear(dims[0], dim)
         self.layers = nn.ModuleList(RowLayer(dim, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.match, self.carry = (nn.ModuleDict({"q": nn.Linear(dim, dim), "k": nn.Linear(dim, dim)}) for _ in range(2))
+        self.carry = nn.ModuleDict({"q": nn.Linear(dim, dim), "k": nn.Linear(dim, dim)})
         self.up_mask = mask_head(dim, dim, 4)
 
     def forward(self, left: Float[Tensor, "b 3 H W"], right: Float[Tensor, "b 3 H W"], stereo: bool = True) -> Matched:
@@ -138,8 +138,7 @@ class RowMatcher(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x)
-        first, second = self.match["q"](x), other_view(self.match["k"](x))
-        corr = first @ second.transpose(-1, -2) * x.shape[-1] ** -0.5
+        corr = x @ other_view(x).transpose(-1, -2) * x.shape[-1] ** -0.5  # like features match from the first step on
         behind = column > column[:, None]  # the left view's match lies to its left, the right one's to its right
         there = torch.stack([behind, behind.T]).repeat_interleave(len(left), 0)[:, None]
         target = corr.masked_fill(there, float("-inf")).softmax(-1) @ column.to(x.dtype)

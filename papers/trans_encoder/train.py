@@ -41,7 +41,7 @@ class Config(RunConfig):
     clamp: bool = False  # labels of the cross-encoders to [0, 1]
     cycles: int = 2  # or more; the paper has 3
     captions: int = 8_000  # scenes that the PLMs read about, each told twice
-    pairs: int = 2_000  # sentence pairs to distil on
+    pairs: int = 1_500  # sentence pairs to distil on
     test_pairs: int = 1_000  # with labels; half as many choose among the cycles
     simcse_steps: int = 200
     simcse_lr: float = 1e-3
