@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import ngrams
+from common.attention import controlled
 from common.backbones import pretrained
 from common.backbones.bert import BertConfig
 from common.backbones.bert_pretraining import BertPretraining
@@ -18,12 +19,13 @@ from common.pretrain import recipe, shipping, tiny_bert, tiny_lm
 # ---- what ships -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_tiny_lm_is_as_good_as_its_json_says():
+@pytest.mark.parametrize("name", ["tiny-lm", "tiny-bert"])
+def test_it_is_as_good_as_its_json_says(name):
     """Another Python has other docstrings, held-out ones too: there the figures need only be of the same size."""
-    found = shipping.provenance("tiny-lm")
-    same_text = found["data"]["text: stdlib"] == text.corpus(tokenizer=text.tokenizer("tiny-lm")).hash
+    found = shipping.provenance(name)
+    same_text = found["data"]["text: stdlib"] == text.corpus(tokenizer=text.tokenizer(name)).hash
     tolerance = {"rel": 2e-3, "abs": 2e-3} if same_text else {"rel": 0.15, "abs": 0.05}
-    assert tiny_lm.measure(shipping.load("tiny-lm")) == pytest.approx(found["quality"], **tolerance)
+    assert recipe(name).measure(shipping.load(name)) == pytest.approx(found["quality"], **tolerance)
 
 
 def test_tiny_lm_loads_with_its_tokenizer():
@@ -200,13 +202,30 @@ def test_inputs_are_one_text_or_two():
             assert 3 <= middle <= 6 and text_ids[middle + 1 : -1] == list(range(begin, begin + 6 - middle))
 
 
+def test_at_first_heads_look_at_the_tokens_beside():
+    model = BertPretraining(BertConfig(104, 128, 2, 4, 64, 64)).eval()
+    tiny_bert.initialize(model)
+    maps = []
+
+    class Recording:
+        def weights(self, site, a):
+            maps.append(a)
+            return a
+
+    with controlled(model, Recording()), torch.no_grad():
+        model(torch.randint(100, (2, 40)))
+    places = torch.arange(4, 36)
+    for head, shift in enumerate((-1, 1, -2, 2)):
+        assert (maps[0][:, head, 4:36].argmax(-1) == places + shift).all()
+
+
 def test_corruption_takes_the_shares_it_says_and_spares_special_tokens():
     words = 500
     ids = torch.randint(words, (400, 100))
     ids[:, 0], ids[:, -1] = words + 1, words + 2
     corrupted, chosen = tiny_bert.corrupt(ids, words)
     assert torch.equal(corrupted[~chosen], ids[~chosen]) and not chosen[:, [0, -1]].any()
-    assert chosen[:, 1:-1].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert chosen[:, 1:-1].float().mean() == pytest.approx(0.4, abs=0.01)
     masked, same = corrupted[chosen] == words + 3, corrupted[chosen] == ids[chosen]
     assert masked.float().mean() == pytest.approx(0.8, abs=0.02) and same.float().mean() == pytest.approx(0.1, abs=0.02)
     assert corrupted[chosen][~masked].max() < words
