@@ -210,16 +210,21 @@ def stored_difference(model: FILIP, test: scenes.Captioned, pairs: int = 32) -> 
 
 
 def bench() -> dict:
-    """Milliseconds at ViT-B/32's 49 patches, on the CPU and on a GPU if there is one: of the loss; and of one query among stored features
-    beside what twelve layers over patches and words need for each pair."""
+    """Milliseconds at ViT-B/32's 49 patches, on the CPU and on a GPU if there is one, and their ratios: of the loss, to that of all tokens; and of
+    one query among stored features, to that with tokens, beside what twelve layers over patches and words need for each pair."""
     cfg, found = SCALES["small"], {}
     for on in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
         for embed in (256, 512):
-            cost = loss_cost(cfg, 49, 32, embed, on)
-            found |= {f"{on}, loss of {cfg.timed_batch} pairs, width {embed}, {LABELS[name]}": 1e3 * seconds for name, seconds in cost.items()}
+            cost = {LABELS[name]: seconds for name, seconds in loss_cost(cfg, 49, 32, embed, on).items()}
+            found |= compared(f"{on}, loss of {cfg.timed_batch} pairs, width {embed}", cost, LABELS["filip"])
         for stored in (1_000, 10_000):
-            found |= {f"{on}, query among {stored} images, {name}": 1e3 * seconds for name, seconds in search(stored, on).items()}
+            found |= compared(f"{on}, query among {stored} images", search(stored, on), "tokens")
     return found
+
+
+def compared(what: str, seconds: dict[str, float], reference: str) -> dict[str, float]:
+    ratios = {f"{what}, {name} / {reference}": s / seconds[reference] for name, s in seconds.items() if name != reference}
+    return {f"{what}, {name}, milliseconds": 1e3 * s for name, s in seconds.items()} | ratios
 
 
 @torch.inference_mode()
