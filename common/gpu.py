@@ -137,7 +137,9 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in self.FILLING:
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **(kwargs or {}))
 
 

@@ -107,11 +107,11 @@ def initialize(model: BertPretraining) -> None:
 
 
 @torch.no_grad()
-def look_beside(model: BertPretraining, sharpness: float = 1.5) -> None:
+def look_beside(model: BertPretraining) -> None:
     """Heads 0, 1, 2, ... of the first layer look at the tokens -1, +1, -2, ... places away.
 
     The last d channels, d the width of a head, hold waves of the place, and nothing else until training says so. There a shift by δ is a
-    rotation R_δ: with W_q = g I and W_k = g R_δ the product of query i and key j is largest where j = i + δ.
+    rotation R_δ: with W_q = 1.5 I and W_k = 1.5 R_δ the product of query i and key j is largest where j = i + δ.
     """
     embeddings, attention = model.bert.embeddings, model.bert.encoder.layer[0].attention.self
     heads = model.config.num_attention_heads
@@ -131,7 +131,7 @@ def look_beside(model: BertPretraining, sharpness: float = 1.5) -> None:
         turn = torch.cat([torch.cat([cosine, -sine], 1), torch.cat([sine, cosine], 1)])
         for projection, rotation in ((attention.query, torch.eye(size)), (attention.key, turn)):
             projection.weight[rows] *= 0.1
-            projection.weight[rows, -size:] += sharpness * rotation
+            projection.weight[rows, -size:] += 1.5 * rotation
 
 
 def data(cfg: Config) -> dict[str, str]:

@@ -51,12 +51,8 @@ def evaluate(cfg: Config) -> Measured:
         "C7b": gain("alignment", "filip", "unmasked"),
         "C8": gain("recall", "filip", "summed"),
     }
-    details = table | {
-        "loss_seconds": cost,
-        "iteration": iteration,
-        "query": query,
-        "examples": [example(cfg, test, i) for i in range(len(test.scenes)) if len(test.scenes[i].things) == 2][:SHOWN],
-    }
+    examples = [example(cfg, test, i) for i in range(len(test.scenes)) if len(test.scenes[i].things) == 2][:SHOWN]
+    details = table | {"loss_seconds": cost, "iteration": iteration, "query": query, "examples": examples}
     trained = scene_set(cfg.train_scenes, 1, cfg.size)
     return Measured(values, details, {"scenes train": content_hash(trained.images), "scenes test": content_hash(test.images, *single)})
 
@@ -212,19 +208,15 @@ def stored_difference(model: FILIP, test: scenes.Captioned, pairs: int = 32) -> 
 def bench() -> dict:
     """Milliseconds at ViT-B/32's 49 patches, on the CPU and on a GPU if there is one, and their ratios: of the loss, to that of all tokens; and of
     one query among stored features, to that with tokens, beside what twelve layers over patches and words need for each pair."""
-    cfg, found = SCALES["small"], {}
+    cfg, timed = SCALES["small"], {}
     for on in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
         for embed in (256, 512):
             cost = {LABELS[name]: seconds for name, seconds in loss_cost(cfg, 49, 32, embed, on).items()}
-            found |= compared(f"{on}, loss of {cfg.timed_batch} pairs, width {embed}", cost, LABELS["filip"])
-        for stored in (1_000, 10_000):
-            found |= compared(f"{on}, query among {stored} images", search(stored, on), "tokens")
-    return found
-
-
-def compared(what: str, seconds: dict[str, float], reference: str) -> dict[str, float]:
-    ratios = {f"{what}, {name} / {reference}": s / seconds[reference] for name, s in seconds.items() if name != reference}
-    return {f"{what}, {name}, milliseconds": 1e3 * s for name, s in seconds.items()} | ratios
+            timed[f"{on}, loss of {cfg.timed_batch} pairs, width {embed}", "FILIP"] = cost
+        timed |= {(f"{on}, query among {stored} images", "tokens"): search(stored, on) for stored in (1_000, 10_000)}
+    milliseconds = {f"{what}, {name}, milliseconds": 1e3 * s for (what, _), seconds in timed.items() for name, s in seconds.items()}
+    ratios = {f"{what}, {name} / {base}": s / seconds[base] for (what, base), seconds in timed.items() for name, s in seconds.items() if name != base}
+    return milliseconds | ratios
 
 
 @torch.inference_mode()
