@@ -15,6 +15,7 @@
 Options are --scale (smoke, small, full) and the fields of the paper's Config: `atlas repro PAPER --help` lists them.
 """
 
+import contextlib
 import importlib
 import shutil
 import sys
@@ -165,8 +166,15 @@ def smoke(argv: list[str]) -> int:
 
 
 def _smoke(paper: Paper) -> None:
-    """Train in two pieces and in one, compare the weights bit for bit, evaluate."""
+    """Train, stop half-way through the first run, resume, and evaluate. That run is then trained in one piece, for the same bits.
+
+    One thread, for the models are too small for two.
+    """
+    import torch
+
     from common import loop
+
+    torch.set_num_threads(1)
 
     module = paper.module("train")
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +186,8 @@ def _smoke(paper: Paper) -> None:
         except Interrupted:
             module.train(cfg)
         whole = replace(cfg, out=Path(folder) / "whole")
-        module.train(whole)
+        with contextlib.suppress(Interrupted), loop.interrupt_at(cfg.steps):
+            module.train(whole)
         for path in sorted(whole.out.rglob("*.safetensors")):
             run = path.relative_to(whole.out)
             (resumed, _), (once, _) = loop.read_safetensors(cfg.out / run), loop.read_safetensors(path)

@@ -4,8 +4,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
-from jaxtyping import Complex, Float, Int, Real
+from einops import rearrange
+from jaxtyping import Complex, Float, Real
 from torch import Tensor, nn
 
 
@@ -108,19 +108,6 @@ def rotate_pairs(x: Float[Tensor, "b h n two_d"], turns: Complex[Tensor, "*n d"]
     """
     z = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)))
     return torch.view_as_real(z * turns).flatten(-2).type_as(x)
-
-
-def relative_offsets(size: tuple[int, int]) -> Float[Tensor, "t 2"]:
-    """All offsets (dy, dx) between two tokens of a size[0] x size[1] grid, dy-major: (2·size[0]-1)(2·size[1]-1) rows."""
-    dy, dx = (torch.arange(1 - n, n) for n in size)
-    return torch.stack(torch.meshgrid(dy, dx, indexing="ij"), -1).flatten(0, 1).float()
-
-
-def relative_index(size: tuple[int, int]) -> Int[Tensor, "n n"]:
-    """Row of `relative_offsets` that holds the offset (query - key) of each pair of row-major tokens."""
-    rows, columns = size
-    y, x = (repeat(torch.arange(n), pattern, h=rows, w=columns) for n, pattern in ((rows, "h -> (h w)"), (columns, "w -> (h w)")))
-    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
 
 
 # ---- initialisation -------------------------------------------------------------------------------------------------------------------

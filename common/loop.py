@@ -109,7 +109,7 @@ def fit(
             stop = gpu.mean_over_ranks([float(stop)], on)[0] > 0  # all ranks leave at the same step
             if stop or (step + 1) % save_every == 0 or step + 1 == cfg.steps:
                 run.save(step + 1, model, ema, optimizer)
-            if stop and step + 1 < cfg.steps:
+            if stop:
                 raise Interrupted(f"stopped after step {step + 1} of {cfg.steps}, saved in {run.directory}", 128 + (signalled() or signal.SIGINT))
     progress.close()
     return (ema.module if ema else model).eval()
@@ -368,7 +368,7 @@ _interrupt_at: int | None = None
 
 @contextlib.contextmanager
 def interrupt_at(step: int):
-    """Every `fit` inside stops after `step`, as if Ctrl-C had been pressed then."""
+    """Every `fit` inside stops after `step`, also if that is its last, as if Ctrl-C had been pressed then."""
     global _interrupt_at
     _interrupt_at = step
     try:

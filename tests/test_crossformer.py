@@ -175,6 +175,18 @@ def test_four_maps_at_a_size_that_needs_padding():
     assert all(m.isfinite().all() for m in maps)
 
 
+@pytest.mark.parametrize("size", [(3, 3), (2, 4), (4, 1), (1, 1)])
+def test_offsets_against_loops(size):
+    rows, columns = size
+    offsets, index = crossformer.group_offsets(size), crossformer.offset_index(size)
+    assert offsets.tolist() == [[dy, dx] for dy in range(1 - rows, rows) for dx in range(1 - columns, columns)]
+    assert index.dtype == torch.int64
+    tokens = list(itertools.product(range(rows), range(columns)))
+    for i, (y, x) in enumerate(tokens):
+        for j, (key_y, key_x) in enumerate(tokens):
+            assert offsets[index[i, j]].tolist() == [y - key_y, x - key_x]
+
+
 def test_training_works_after_an_evaluation_filled_the_caches():
     block, x = CrossFormerBlock(32, 2, 5, 3, 1), torch.randn(1, 14 * 17, 32)
     with torch.inference_mode():

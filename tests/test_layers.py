@@ -13,8 +13,6 @@ from common.layers import (
     PatchEmbed,
     RMSNorm,
     frequencies,
-    relative_index,
-    relative_offsets,
     rotary,
     rotate_half,
     rotate_pairs,
@@ -169,21 +167,6 @@ def test_rotate_half_is_llamas():
     table = rotary(positions.float(), 8)
     for ours, theirs in zip((rotate_half(q, *table), rotate_half(k, *table)), llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-# ---- relative positions ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(3, 3), (2, 4), (4, 1), (1, 1)])
-def test_relative_positions_against_loops(size):
-    rows, columns = size
-    offsets, index = relative_offsets(size), relative_index(size)
-    assert offsets.tolist() == [[dy, dx] for dy in range(1 - rows, rows) for dx in range(1 - columns, columns)]
-    assert index.dtype == torch.int64
-    tokens = list(product(range(rows), range(columns)))
-    for i, (y, x) in enumerate(tokens):
-        for j, (key_y, key_x) in enumerate(tokens):
-            assert offsets[index[i, j]].tolist() == [y - key_y, x - key_x]
 
 
 def test_time_waves():

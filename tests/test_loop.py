@@ -243,6 +243,15 @@ def test_signals_save_and_stop(tmp_path, number, code):
     assert signal.getsignal(number) is previous
 
 
+def test_a_stop_at_the_last_step_ends_a_whole_run(tmp_path):
+    cfg = toy.config(tmp_path / "stopped")
+    with pytest.raises(Interrupted, match="stopped after step 20 of 20"), loop.interrupt_at(20):
+        toy.train(cfg)
+    toy.train(toy.config(tmp_path / "whole"))
+    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    loop.load_run(toy.Toy(16, 0.0), cfg, "toy/0")
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     cfg = toy.config(tmp_path)
     first = toy.train(cfg)

@@ -72,7 +72,7 @@ def corpus(name: str = "stdlib", vocab: int = 1024, context: int = 128, tokenize
     """
     path = Path(name)
     if name in _EMBEDDED:
-        return _tokenized(*_by_document(_EMBEDDED[name]()), vocab, context, tokenizer)
+        return _tokenized(*_embedded(name), vocab, context, tokenizer)
     if not path.exists():
         kinds = f"a text file, a directory with nanoGPT's train.bin and val.bin, or one of {', '.join(_EMBEDDED)}"
         raise UserError(f"--data {name}: no such file; give {kinds} (data/README.md)")
@@ -125,6 +125,12 @@ def _docstrings(source: bytes) -> str:
 
 
 _EMBEDDED = {"stdlib": _stdlib, "topics": _topics}
+
+
+@cache
+def _embedded(name: str) -> tuple[str, str]:
+    """Training and validation text."""
+    return _by_document(_EMBEDDED[name]())
 
 
 def _by_document(documents: dict[str, str]) -> tuple[str, str]:
@@ -210,4 +216,4 @@ def cache_directory() -> Path:
 
 
 def hashes() -> dict[str, str]:
-    return {f"text: {name}": content_hash(*(text.encode() for text in _by_document(documents()))) for name, documents in _EMBEDDED.items()}
+    return {f"text: {name}": content_hash(*(text.encode() for text in _embedded(name))) for name in _EMBEDDED}

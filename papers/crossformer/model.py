@@ -25,8 +25,8 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
-from common.attention import Attention
-from common.layers import Mlp, relative_index, relative_offsets
+from common.attention import Attention, group, merge_heads, ungroup
+from common.layers import Mlp
 
 Pair = tuple[int, int]
 
@@ -88,10 +88,23 @@ class PatchMerging(nn.Module):
 # ---- long short distance attention ------------------------------------------------------------------------------------------------------
 
 
+def group_offsets(size: Pair) -> Float[Tensor, "t 2"]:
+    """All offsets (dy, dx) between two tokens of a group of size[0] x size[1], dy-major: (2·size[0]-1)(2·size[1]-1) rows."""
+    dy, dx = (torch.arange(1 - n, n) for n in size)
+    return torch.stack(torch.meshgrid(dy, dx, indexing="ij"), -1).flatten(0, 1).float()
+
+
+def offset_index(size: Pair) -> Int[Tensor, "n n"]:
+    """Row of `group_offsets` that holds the offset (query - key) of each pair of row-major tokens."""
+    rows, columns = size
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what an evaluation caches, training must be able to use
 def _offsets(size: Pair, device: torch.device) -> tuple[Float[Tensor, "t 2"], Int[Tensor, "n n"]]:
-    return relative_offsets(size).to(device), relative_index(size).to(device)
+    return group_offsets(size).to(device), offset_index(size).to(device)
 
 
 class DynamicPositionBias(nn.Module):
@@ -131,14 +144,12 @@ class GroupAttention(Attention):
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
         padded = tuple(x.shape[1:3])
-        layout = {"gh": size[0], "gw": size[1], "ih": interval, "iw": interval, "h": self.heads}
-        pattern = "b (rh gh ih) (rw gw iw) (three h d) -> three (b rh rw ih iw) h (gh gw) d"
-        q, k, v = rearrange(self.qkv(x), pattern, three=3, **layout)
+        spacing = (interval, interval)
+        q, k, v = rearrange(group(self.qkv(x), size, spacing), "g n (three h d) -> three g h n d", three=3, h=self.heads)
         bias = None if self.pos is None else self.pos(size)[None]
         mask = _visible(grid, padded, size, interval, shift, x.device) if padded != grid or shift else None
         o = self.attend(q, k, v, mask=mask if mask is None else mask.repeat(len(x), 1, 1, 1), bias=bias)
-        rows = {"rh": padded[0] // (size[0] * interval), "rw": padded[1] // (size[1] * interval)}
-        o = rearrange(o, "(b rh rw ih iw) h (gh gw) d -> b (rh gh ih) (rw gw iw) (h d)", **rows, **layout)
+        o = ungroup(merge_heads(o), size, padded, spacing)
         if shift:
             o = o.roll((shift, shift), (1, 2))
         return self.output(self.proj(o[:, : grid[0], : grid[1]].flatten(1, 2)))
@@ -156,8 +167,7 @@ def _visible(grid: Pair, padded: Pair, size: Pair, interval: int, shift: int, de
             area = 3 * area + (strip[:, None] if axis == 0 else strip)
     inside = torch.zeros(padded, dtype=torch.bool)
     inside[: grid[0], : grid[1]] = True
-    pattern, layout = "(rh gh ih) (rw gw iw) -> (rh rw ih iw) (gh gw)", {"gh": size[0], "gw": size[1], "ih": interval, "iw": interval}
-    area, inside = (rearrange(m, pattern, **layout) for m in (area, inside.roll((-shift, -shift), (0, 1))))
+    area, inside = (group(m[None, ..., None], size, (interval, interval))[..., 0] for m in (area, inside.roll((-shift, -shift), (0, 1))))
     visible = inside[:, None] & (area[:, :, None] == area[:, None]) if shift else inside[:, None]
     return visible[:, None].to(device)
 

@@ -217,7 +217,7 @@ def seconds(cfg: Config, model: StableDiffusion, made: Material) -> dict[str, fl
         redrawn(cfg, model, z_c, noise, {"encoder_hidden_states": prompts.context})
 
     calls = {"StyleID": lambda: one_image(cfg, model, made), "a step of fitting a prompt": fit_a_step, "sampling with it": sample_with_it}
-    return gpu.alternate(calls, repeats=3)
+    return gpu.alternate(calls, repeats=3, seconds=0.02)
 
 
 # ---- figure -------------------------------------------------------------------------------------------------------------------------------
