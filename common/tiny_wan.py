@@ -14,7 +14,7 @@ from common.data.videos import VOCABULARY, tokenize
 from common.diffusion import flow_sample, flow_sigmas, guided
 from common.patch_codec import PatchCodec
 
-FRAMES, SIZE = 6, 32  # of the clips it has learnt; it takes others
+FRAMES, SIZE = 8, 32  # of the clips it has learnt; it takes others
 WORDS = 5  # in a caption
 
 
@@ -29,7 +29,7 @@ def sample(
     model: WanTransformer3DModel,
     codec: PatchCodec,
     captions: list[str],
-    noise: Float[Tensor, "n l frames h w"],
+    noise: Float[Tensor, "n l t h w"],
     steps: int = 20,
     guidance: float = 3.0,
     shift: float = 3.0,

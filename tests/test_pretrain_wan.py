@@ -44,7 +44,7 @@ def test_the_sampler_follows_the_velocity_on_the_shifted_grid():
 def test_held_out_clips_cover_every_caption_once():
     made = recipe("tiny-wan").held_out()
     assert len(set(made.captions)) == len(made.captions) == 48
-    assert made.video.shape == (48, 3, 6, 32, 32)
+    assert made.video.shape == (48, 3, 8, 32, 32)
 
 
 def test_the_loss_of_a_known_velocity():
