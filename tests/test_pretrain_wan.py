@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.backbones import pretrained
+from common.backbones.wan import WanConfig, WanTransformer3DModel, rotary_table
 from common.data.videos import VOCABULARY, moving_shapes
 from common.patch_codec import PatchCodec, PatchCodecConfig
 from common.pretrain import recipe, shipping
@@ -47,6 +48,26 @@ def test_held_out_clips_cover_every_caption_once():
     assert made.video.shape == (48, 3, 8, 32, 32)
 
 
+def test_heads_start_at_the_tokens_around_and_at_other_times():
+    """Alone, the biases give weights that fall with the distance, in head 0 from the token itself, in head 1 from its place in other frames."""
+    torch.manual_seed(0)
+    grid, size = (2, 5, 5), 36
+    model = WanTransformer3DModel(WanConfig(num_attention_heads=3, attention_head_dim=size, in_channels=2, out_channels=2, text_dim=4, num_layers=2))
+    recipe("tiny-wan").look_around(model)
+    attention, seen = model.blocks[1].attn1, []
+    for projection in (attention.to_q, attention.to_k):
+        torch.nn.init.zeros_(projection.weight)
+    attention.attend = lambda q, k, v: seen.append((q @ k.mT / size**0.5).softmax(-1)[0].unflatten(-1, grid)) or v
+    attention(torch.randn(1, 50, 3 * size), rotary=rotary_table(grid, size).to(torch.complex64))
+    middle = seen[0][:, 25 + 12]  # of the second frame
+    for head, frame in ((0, 1), (1, 0)):
+        there, other = middle[head, frame], middle[head, 1 - frame]
+        assert there.sum() > 2 * other.sum() and there.flatten().argmax() == 12
+        torch.testing.assert_close(there, there.flip(0, 1))
+        assert there[2, 2] > there[2, 1] > there[2, 0] and there[2, 2] > there[1, 2] > there[0, 2]
+    torch.testing.assert_close(middle[2], torch.full(grid, 1 / 50))
+
+
 def test_the_loss_of_a_known_velocity():
     module = recipe("tiny-wan")
     seen = []
@@ -78,3 +99,13 @@ def test_the_recipe_runs(tmp_path, monkeypatch):
         stored = {key: t.bfloat16().float() if t.is_floating_point() else t for key, t in trained[name].state_dict().items()}
         assert all(torch.equal(t, stored[key]) for key, t in loaded.items())
     assert trained["transformer"].proj_out.weight.abs().sum() > 0 and module.data(cfg) == module.data(cfg)
+
+
+def test_the_shipped_checkpoint_is_as_good_as_it_says():
+    models, told = shipping.load("tiny-wan"), shipping.provenance("tiny-wan")["quality"]
+    found = recipe("tiny-wan").measure(models)
+    assert found == pytest.approx(told, abs=0.05)  # one clip in 48 is 0.02
+    assert found["colour"] > 0.9 and found["direction"] > 0.9 and found["jerk"] < found["jerk (floor)"]
+    assert sum(file.stat().st_size for file in (pretrained.CHECKPOINTS / "tiny-wan").rglob("*")) < 4e6
+    weights = WanTransformer3DModel.from_pretrained("tiny").state_dict()
+    assert all(torch.equal(weights[name], t) for name, t in models["transformer"].state_dict().items())

@@ -94,6 +94,18 @@ def test_the_codec_is_the_principal_components_of_patches(patch, kept):
     torch.testing.assert_close(codec.encode(codec.decode(noise)), noise, rtol=0, atol=1e-4)
 
 
+def test_the_codec_of_videos_takes_several_frames_at_once():
+    """Frames of one colour: 4 frames x 2 x 2 pixels x 3 channels have the 12 components of 4 frames' colours."""
+    colours = torch.randn(20, 3, 8, 1, 1)
+    video = colours.expand(20, 3, 8, 4, 6)
+    codec = PatchCodec(PatchCodecConfig(patch=2, latent_channels=12, frames=4)).fit(video)
+    z = codec.encode(video)
+    assert z.shape == (20, 12, 2, 2, 3) and torch.allclose(z, z[..., :1, :1], atol=1e-4)
+    torch.testing.assert_close(codec.decode(z), video, rtol=0, atol=1e-4)
+    reversed_halves = torch.cat([video[:, :, 4:], video[:, :, :4]], 2)
+    torch.testing.assert_close(codec.encode(reversed_halves), z.flip(2), rtol=0, atol=1e-4)
+
+
 # ---- the pipeline ---------------------------------------------------------------------------------------------------------------------
 
 
