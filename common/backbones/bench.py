@@ -190,5 +190,5 @@ def _compare(pair: Pair, config: dict) -> dict[str, float]:
 
 
 def _seconds(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    seconds = alternate(runs, repeats=9, seconds=0.1)
+    seconds = alternate(runs, repeats=25, seconds=0.1)
     return seconds | {"ratio": seconds["ours"] / seconds["theirs"]}
