@@ -34,7 +34,7 @@ from common.video_metrics import VideoNet, VideoNetConfig, metrics, stored
 @dataclass
 class Config(RunConfig):
     seeds: tuple[int, ...] = (0,)
-    steps: int = 2700
+    steps: int = 3600
     batch: int = 16
     lr: float = 3e-3
     weight_decay: float = 0.01
