@@ -44,7 +44,7 @@ from common.loop import fit
 @dataclass
 class Config(RunConfig):
     seeds: tuple[int, ...] = (0,)
-    steps: int = 2400  # of the last stage
+    steps: int = 3600  # of the last stage
     see: int = 1500  # of the stages before it
     talk: int = 400
     align: int = 300
