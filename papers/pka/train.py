@@ -49,7 +49,7 @@ class Config(RunConfig):
 
 SCALES = {
     "smoke": Config(
-        steps=2, batch=2, seeds=(0,), rank=2, train_scenes=8, test_scenes=4, draw_steps=2, timed_grid=4, timed_conditions=(1, 2), repeats=1,
+        steps=2, batch=2, seeds=(0,), rank=2, train_scenes=8, test_scenes=2, draw_steps=2, timed_grid=4, timed_conditions=(1, 2), repeats=1,
         processes=1, save_every=1.0,
     ),
     "small": Config(steps=200, batch=8, lr=8e-3, weight_decay=0.01, clip=1.0),
