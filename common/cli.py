@@ -175,7 +175,6 @@ def _smoke(paper: Paper) -> None:
     from common import loop
 
     torch.set_num_threads(1)
-
     module = paper.module("train")
     with tempfile.TemporaryDirectory() as folder:
         cfg = replace(module.SCALES["smoke"], out=Path(folder) / "resumed")

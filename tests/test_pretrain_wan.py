@@ -104,7 +104,7 @@ def test_the_recipe_runs(tmp_path, monkeypatch):
 def test_the_shipped_checkpoint_is_as_good_as_it_says():
     models, told = shipping.load("tiny-wan"), shipping.provenance("tiny-wan")["quality"]
     found = recipe("tiny-wan").measure(models)
-    assert found == pytest.approx(told, abs=0.05)  # one clip in 48 is 0.02
+    assert found == pytest.approx(told, rel=0.05, abs=0.05)  # one clip in 48 is 0.02
     assert found["colour"] > 0.9 and found["direction"] > 0.9 and found["jerk"] < found["jerk (floor)"]
     assert sum(file.stat().st_size for file in (pretrained.CHECKPOINTS / "tiny-wan").rglob("*")) < 4e6
     weights = WanTransformer3DModel.from_pretrained("tiny").state_dict()
