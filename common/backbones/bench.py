@@ -182,13 +182,15 @@ def _compare(pair: Pair, config: dict) -> dict[str, float]:
                 {
                     "ours": lambda: ours.generate(prompt, mask, max_new_tokens=NEW_TOKENS),
                     "theirs": lambda: theirs.generate(prompt, attention_mask=mask, min_new_tokens=NEW_TOKENS, pad_token_id=0, **decode),
-                }
+                },
+                repeats=15,
             )
             found |= {f"decoding, {who}, tokens/s": len(prompt) * NEW_TOKENS / seconds[who] for who in ("ours", "theirs")}
             found["decoding ratio"] = seconds["ratio"]
     return found
 
 
-def _seconds(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    seconds = alternate(runs, repeats=25, seconds=0.1)
+def _seconds(runs: dict[str, Callable[[], object]], repeats: int = 75) -> dict[str, float]:
+    """Many short turns, for on a shared machine the time of the same operations scatters by a tenth."""
+    seconds = alternate(runs, repeats, seconds=0.05)
     return seconds | {"ratio": seconds["ours"] / seconds["theirs"]}
