@@ -57,7 +57,7 @@ class Config(RunConfig):
 
 SCALES = {
     "smoke": Config(steps=4, batch=2, vocab=512, context=64, width=32, hidden=64, depth=1, heads=2),
-    "small": Config(),  # 7 minutes of one CPU core
+    "small": Config(),
 }
 COMPONENTS = {"": Llama}
 FOLDER = "tiny-lm"

@@ -121,15 +121,15 @@ def look_around(model: WanTransformer3DModel) -> None:
     A key with the bias (4, 0) in a plane that turns by f a token, and a query with that bias turned by f δ, add 16 cos(f (δ - p)) to the
     logit before the norm, p being the key's distance: most at p = δ. Half a turn of the fastest plane away is every other time.
     """
-    around, other_times = (0.0, 0.0, 0.0), (math.pi, 0.0, 0.0)  # δ in time, rows, columns
+    shifts = (0.0, 0.0, 0.0), (math.pi, 0.0, 0.0), ()  # δ in time, rows, columns
     for block in model.blocks:
         attention, size = block.attn1, model.config.attention_head_dim
         space = 2 * (size // 6)
         starts, widths = (0, size - 2 * space, size - space), (size - 2 * space, space, space)
         for norm in (attention.norm_q, attention.norm_k):
             nn.init.constant_(norm.weight, 1.5)
-        for head, shift in ((h, (around, other_times)[h % 3]) for h in range(attention.heads) if h % 3 < 2):
-            for start, width, delta in zip(starts, widths, shift, strict=True):
+        for head in range(attention.heads):
+            for start, width, delta in zip(starts, widths, shifts[head % 3], strict=False):
                 for plane, speed in enumerate(frequencies(width)[:2].tolist()):
                     at = slice(head * size + start + 2 * plane, head * size + start + 2 * plane + 2)
                     attention.to_k.bias[at] = torch.tensor([4.0, 0.0])
