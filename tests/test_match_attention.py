@@ -533,3 +533,15 @@ def test_training_on_published_data_takes_a_step(tmp_path):
     assert (tmp_path / "run/tiny/0").is_dir() and list((tmp_path / "run/tiny/0").glob("step-*.safetensors"))
     with pytest.raises(UserError, match="is smaller than --crop 256 192"):
         train(replace(cfg, crop=(256, 192), out=tmp_path / "other"))
+
+
+def test_padding_repeats_the_edge_and_is_undone():
+    image = torch.arange(30.0).view(1, 1, 5, 6)
+    padded, (rows, columns) = evaluation.pad_to(image, 4)
+    assert padded.shape == (1, 1, 8, 8) and torch.equal(padded[..., rows, columns], image)
+    assert torch.equal(padded[0, 0, 0, :6], image[0, 0, 0]) and torch.equal(padded[0, 0, 3:, 7], image[0, 0, :, 5])
+
+
+def test_end_point_error_keeps_the_unknown_unknown():
+    error = evaluation.end_point_error(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))
+    assert error[0] == 5 and error[1].isnan()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.data import stereo
-from common.data.stereo import StereoFolder, motorcycle, pad_to, pairs, read_field, read_flo, read_pfm, render
+from common.data.stereo import StereoFolder, motorcycle, pairs, read_field, read_flo, read_pfm, render
 from common.errors import UserError
 
 # ---- rendered pairs ---------------------------------------------------------------------------------------------------------------------
@@ -251,15 +251,3 @@ def test_missing_data_is_answered_with_a_sentence(tmp_path):
     (tmp_path / "training/image_3/000000_10.png").unlink()
     with pytest.raises(UserError, match="image_3/000000_10.png cannot be read"):
         StereoFolder(tmp_path, "kitti2015")[0]
-
-
-def test_padding_repeats_the_edge_and_is_undone():
-    image = torch.arange(30.0).view(1, 1, 5, 6)
-    padded, (rows, columns) = pad_to(image, 4)
-    assert padded.shape == (1, 1, 8, 8) and torch.equal(padded[..., rows, columns], image)
-    assert torch.equal(padded[0, 0, 0, :6], image[0, 0, 0]) and torch.equal(padded[0, 0, 3:, 7], image[0, 0, :, 5])
-
-
-def test_end_point_error_keeps_the_unknown_unknown():
-    error = stereo.end_point_error(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))
-    assert error[0] == 5 and error[1].isnan()

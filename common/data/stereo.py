@@ -382,21 +382,3 @@ class Crops(Dataset):
         y, x = (int(torch.randint(have - want + 1, ())) for have, want in zip(left.shape[1:], self.size, strict=True))
         rows, columns = slice(y, y + self.size[0]), slice(x, x + self.size[1])
         return left[:, rows, columns], right[:, rows, columns], fields[:, rows, columns]
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------------------------
-
-
-def end_point_error(field: Float[Tensor, "*n 2"], target: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n"]:
-    """Distance in pixels, NaN where the target is unknown; its mean over pixels is the EPE, the share above N pixels "bad-N"."""
-    return (field - target).norm(dim=-1)
-
-
-def pad_to(image: Float[Tensor, "b c H W"], multiple: int, least: int = 0) -> tuple[Float[Tensor, "b c h w"], tuple[slice, slice]]:
-    """Repeat the first row and the last column until both sides are multiples, `least` or more; and the slices that undo it.
-
-    least: itself a multiple.
-    """
-    height, width = image.shape[-2:]
-    above, beside = (max(-size % multiple, least - size) for size in (height, width))
-    return F.pad(image, (0, beside, above, 0), mode="replicate"), (slice(above, above + height), slice(0, width))

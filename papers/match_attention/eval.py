@@ -70,6 +70,11 @@ def ratio(found: dict[str, list[dict]], what: str, method: str, baseline: str) -
 # ---- accuracy ---------------------------------------------------------------------------------------------------------------------------
 
 
+def end_point_error(field: Float[Tensor, "*n 2"], target: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n"]:
+    """Distance in pixels, NaN where the target is unknown; its mean over pixels is the EPE, the share above N pixels "bad-N"."""
+    return (field - target).norm(dim=-1)
+
+
 @torch.inference_mode()
 def score(model: nn.Module, pairs: stereo.Pairs, stereo_pair: bool = True) -> dict:
     """EPE of the left views on all, visible and occluded pixels, share of pixels off by more than 1, and the EPE of every field on the way."""
@@ -77,7 +82,7 @@ def score(model: nn.Module, pairs: stereo.Pairs, stereo_pair: bool = True) -> di
     for left, right, fields in zip(*(part.split(20) for part in pairs[:3]), strict=True):
         out = model(left.to(on).float(), right.to(on).float(), stereo_pair)
         target = fields[:, 0].to(on)
-        errors.append(stereo.end_point_error(out.field_up[: len(left)], target).cpu())
+        errors.append(end_point_error(out.field_up[: len(left)], target).cpu())
         curve.append([coarse_error(field[: len(left)], target) for field in on_the_way(out)])
     error, visible = torch.cat(errors), pairs.visible[:, 0]
     found = {"all": error, "visible": error[visible], "occluded": error[~visible], "bad1": (error > 1).float()}
@@ -91,7 +96,7 @@ def on_the_way(out: Matched) -> list[Float[Tensor, "b h w 2"]]:
 def coarse_error(field: Float[Tensor, "b h w 2"], target: Float[Tensor, "b H W 2"]) -> float:
     """EPE in full-resolution pixels, at the pixels in the middle of the coarse ones."""
     step = target.shape[1] // field.shape[1]
-    return stereo.end_point_error(step * field, target[:, step // 2 :: step, step // 2 :: step]).mean().item()
+    return end_point_error(step * field, target[:, step // 2 :: step, step // 2 :: step]).mean().item()
 
 
 def curve_labels(cfg: Config) -> list[str]:
@@ -105,8 +110,18 @@ def curve_labels(cfg: Config) -> list[str]:
 def real_error(model: nn.Module, real: tuple) -> float:
     """EPE where the real pair's disparity is known."""
     left, right, field = real
-    error = stereo.end_point_error(match(model, left, right, multiple=16)[0][0].cpu(), field)
+    error = end_point_error(match(model, left, right, multiple=16)[0][0].cpu(), field)
     return error[error.isfinite()].mean().item()
+
+
+def pad_to(image: Float[Tensor, "b c H W"], multiple: int, least: int = 0) -> tuple[Float[Tensor, "b c h w"], tuple[slice, slice]]:
+    """Repeat the first row and the last column until both sides are multiples, `least` or more; and the slices that undo it.
+
+    least: itself a multiple.
+    """
+    height, width = image.shape[-2:]
+    above, beside = (max(-size % multiple, least - size) for size in (height, width))
+    return F.pad(image, (0, beside, above, 0), mode="replicate"), (slice(above, above + height), slice(0, width))
 
 
 @torch.inference_mode()
@@ -116,7 +131,7 @@ def match(
     """Fields of two views "3 H W" of any size, and where they agree within 8 pixels. low_res_init: start from the field at half the size."""
     on = next(model.parameters()).device
     side = 2 * multiple if low_res_init else multiple
-    views, (rows, columns) = stereo.pad_to(torch.stack([left, right]).to(on).float(), side, 6 * side)  # a window of radius 2 at the coarsest scale
+    views, (rows, columns) = pad_to(torch.stack([left, right]).to(on).float(), side, 6 * side)  # a window of radius 2 at the coarsest scale
     first = ()
     if low_res_init:
         half = model(*F.interpolate(views, scale_factor=0.5, mode="bilinear", antialias=True).split(1), stereo_pair).field_up
@@ -308,7 +323,7 @@ def evaluate_published(cfg: Config) -> dict[str, float]:
 def judge(matcher: Callable[[Tensor, Tensor], Float[Tensor, "H W 2"]], cfg: Config) -> dict[str, float]:
     rows = []
     for left, right, target, noc in stereo.StereoFolder(cfg.data, cfg.dataset):
-        error = stereo.end_point_error(matcher(left, right), target)
+        error = end_point_error(matcher(left, right), target)
         large = (error > 3) & (error > 0.05 * target.norm(dim=-1))
         row = {}
         for name, where in (("all", target.isfinite().all(-1)), ("noc", noc)):
