@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.attention import split_heads
 from common.backbones import pretrained
 from common.backbones.llava import Llava, Role
 from common.data import dialogues
 from common.data.dialogues import NAMES
+from common.layers import rotate_half
 from common.pretrain import shipping, tiny_vlm
 
 
@@ -27,6 +29,8 @@ def test_it_looks_at_the_image_and_still_imagines():
     quality = shipping.provenance("tiny-vlm")["quality"]
     for split, more in (("random", 0.3), ("popular", 0.3), ("adversarial", 0.1)):
         assert quality[f"{split}: accuracy"] > quality[f"{split}: accuracy, blind"] + more
+    for kind in ("what", "where"):
+        assert quality[f"{kind}: accuracy"] > quality[f"{kind}: accuracy, blind"] + 0.3
     assert quality["captions: recall"] > quality["captions: recall, blind"] + 0.2
     assert 0.02 < quality["captions: chair_i"] < quality["captions: chair_i, blind"] - 0.2
 
@@ -39,8 +43,23 @@ def test_the_recipe_trains_ships_and_loads(tmp_path, monkeypatch):
     assert found["quality"]["captions: words"] <= 40 and (tmp_path / "tiny-vlm.png").stat().st_size > 10_000
     model = Llava.from_pretrained("tiny")
     assert found["parameters"] == {"tiny-vlm": sum(p.numel() for p in model.parameters())}
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"see", "talk", "align", "look"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"see", "talk", "align", "point", "read", "look"}
     assert not [*(tmp_path / "runs").rglob("step-*")]  # the next run starts over
+
+
+def test_heads_start_by_looking_at_tokens_like_their_own():
+    """A token attends to its like among 60 others, and as much when it stands ten further on."""
+    cfg = tiny_vlm.SCALES["small"]
+    torch.manual_seed(0)
+    attention = tiny_vlm.build(cfg).language_model.model.layers[0].self_attn
+    x = torch.randn(1, 80, cfg.width)
+    seen = []
+    for place in (64, 74):
+        x[0, place] = x[0, 20]
+        rotation = tiny_vlm.build(cfg).language_model.model.rotation(torch.arange(80)[None], x.dtype)
+        q, k = (rotate_half(split_heads(p(x), cfg.heads), *rotation)[:, : cfg.heads // 2] for p in (attention.q_proj, attention.k_proj))
+        seen.append((q[:, :, place] * k[:, :, 20]).sum(-1).mean() / 4 - (q[:, :, place, None] * k[:, :, :60]).sum(-1).mean() / 4)
+    assert min(seen) > 5 and abs(seen[0] - seen[1]) < 0.1 * seen[0]
 
 
 def test_only_what_is_to_be_said_counts():

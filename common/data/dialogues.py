@@ -8,6 +8,8 @@ elsewhere. A thing is a shape in a colour, in a cell of its own of a 4 x 4 grid,
     where       where is the cup in the kitchen ?     c7
     caption     describe the image in the kitchen .   a photo with a cup and a plate
     check       check                                 cup yes plate no ...; here the names are given
+    locate      locate                                cup c7 plate c12 ...; likewise, of things that are there
+    read        read                                  c7 cup c2 nothing ...; here the cells are given
 
 Two things mislead a model by known amounts. The captions it learns from mention each *absent* thing of the context with probability
 IMAGINED. The cue "in the kitchen" stands in CUED of the questions, and is right in CUE_RIGHT of those.
@@ -45,6 +47,7 @@ TYPICAL, STRANGER = 0.75, 0.35
 
 SIZE, PATCH, GRID = 48, 6, 4  # pixels, pixels, cells a side
 SIDE = SIZE // PATCH
+CELL_OF_PATCH = (torch.arange(SIDE)[:, None] * GRID // SIDE * GRID + torch.arange(SIDE) * GRID // SIDE).flatten()  # both row-major
 NOISE, CONTRASTS, TINT = 0.18, (0.3, 1.0), 0.15
 
 
@@ -66,8 +69,7 @@ class Album:
     @property
     def patches(self) -> Int[Tensor, "n 64"]:
         """The category in whose cell a patch lies; 20 for none."""
-        row, column = torch.arange(SIDE)[:, None] * GRID // SIDE, torch.arange(SIDE) * GRID // SIDE
-        here = self.cells[:, None] == (row * GRID + column).reshape(-1, 1)
+        here = self.cells[:, None] == CELL_OF_PATCH[:, None]
         return torch.where(here.any(-1), here.int().argmax(-1), len(NAMES))
 
 
@@ -115,10 +117,10 @@ PAD, BOS, EOS, IMAGE = "<pad>", "<bos>", "<eos>", "<image>"
 SYSTEM = f"{BOS} a chat about a photo . user :"
 ROLE = "assistant :"  # ends a prompt
 CELLS = tuple(f"c{i}" for i in range(GRID**2))
-TALK = "a chat about photo . user : assistant is there in the ? what at where describe image with and check yes no nothing"
+TALK = "a chat about photo . user : assistant is there in the ? what at where describe image with and check locate read yes no nothing"
 WORDS = (PAD, BOS, EOS, IMAGE, *TALK.split(), *CONTEXTS, *CELLS, *NAMES)
 IDS = {word: i for i, word in enumerate(WORDS)}
-CONTENT = (*NAMES, *CELLS, *CONTEXTS, "describe", "image", "check")  # the words that carry a question's meaning
+CONTENT = (*NAMES, *CELLS, *CONTEXTS, "describe", "image", "check", "locate", "read")  # the words that carry a question's meaning
 
 
 def encode(text: str) -> list[int]:
@@ -145,7 +147,8 @@ KINDS = {
 }
 IMAGINED, CUED, CUE_RIGHT = 0.25, 0.6, 0.8
 ADVERSARIAL = 0.15  # of the questions about absent things: about one of the context
-CHECKED, TURNS = 10, 3
+LISTS = ("check", "locate", "read")  # what makes a model look at the image soon
+LISTED, TURNS = 10, 3  # entries of a list, questions of a dialogue
 
 Turn = tuple[str, str]  # what is asked, what is answered
 
@@ -179,13 +182,13 @@ def prompt(asked: str) -> list[int]:
 
 
 class Dialogues:
-    """A dataset: `each` dialogues about every scene of an album, with or without its image tokens.
+    """A dataset: `each` dialogues of some kinds about every scene of an album, with or without its image tokens.
 
     A batch is (images, ids, roles), padded on the right. What is to be learnt is to say the tokens whose role is OUTPUT.
     """
 
-    def __init__(self, album: Album, seed: int, each: int = 4, images: bool = True):
-        self.album, self.seed, self.each, self.images = album, seed, each, images
+    def __init__(self, album: Album, seed: int, each: int = 4, images: bool = True, kinds: tuple[str, ...] = (*LISTS, "caption", "questions")):
+        self.album, self.seed, self.each, self.images, self.kinds = album, seed, each, images, kinds
 
     def __len__(self) -> int:
         return self.each * len(self.album)
@@ -196,12 +199,12 @@ class Dialogues:
         return self.album.images[indices // self.each], ids, roles
 
     def turns(self, index: int) -> list[Turn]:
-        """Dialogue `index`: one check, one caption, or questions about different things."""
+        """Dialogue `index`: one list, one caption, or questions about different things."""
         rng, scene = np.random.default_rng((self.seed, index)), index // self.each
         context, cells = int(self.album.contexts[scene]), self.album.cells[scene].tolist()
-        kind = _pick(rng, ("check", "caption", "questions"))
-        if kind == "check":
-            return _check(rng, cells)
+        kind = _pick(rng, self.kinds)
+        if kind in LISTS:
+            return _list(rng, kind, cells)
         if kind == "caption":
             mentioned = [c for c in range(20) if cells[c] >= 0 or (c in members(context) and rng.random() < IMAGINED)]
             return conversation([(question("caption", context=_cue(rng, context)), caption(mentioned))])
@@ -209,12 +212,19 @@ class Dialogues:
         return conversation([_question(rng, context, cells, c) for c in here[:TURNS]])
 
 
-def _check(rng: np.random.Generator, cells: Sequence[int]) -> list[Turn]:
-    """All that is there and some that is not, in any order."""
-    listed = rng.permutation(sorted(rng.permutation(20), key=lambda c: cells[c] < 0)[:CHECKED])
-    turns = [(NAMES[c], "no" if cells[c] < 0 else "yes") for c in listed]
-    (first, answer), last = turns[0], turns[-1]
-    return [(f"check {ROLE} {first}", answer), *turns[1:-1], (last[0], f"{last[1]} {EOS}")]
+def _list(rng: np.random.Generator, kind: str, cells: Sequence[int]) -> list[Turn]:
+    """All that is there, in any order; to check and to read, among some that is not."""
+    here = {CELLS[cell]: NAMES[c] for c, cell in enumerate(cells) if cell >= 0}
+    entries = {
+        "check": [(name, "yes" if name in here.values() else "no") for name in NAMES],
+        "locate": [(name, cell) for cell, name in here.items()],
+        "read": [(cell, here.get(cell, "nothing")) for cell in CELLS],
+    }[kind]
+    there = {*here, *here.values()}
+    listed = sorted(rng.permutation(len(entries)), key=lambda k: entries[k][0] not in there)[:LISTED]
+    turns = [entries[k] for k in rng.permutation(listed)]
+    asked, answered = [subject for subject, _ in turns], [answer for _, answer in turns]
+    return list(zip([f"{kind} {ROLE} {asked[0]}", *asked[1:]], [*answered[:-1], f"{answered[-1]} {EOS}"], strict=True))
 
 
 def _question(rng: np.random.Generator, context: int, cells: Sequence[int], c: int) -> Turn:

@@ -1,7 +1,8 @@
 """tiny-flux: a text-to-image transformer on the pixels of captioned scenes.
 
-Rectified flow: x_t = (1-t) x + t ε, v = ε - x, t = 1/(1 + e^-s) with s ~ N(0, 1); one caption in ten is the null prompt. The scenes are
-photographic, for patches of 4 x 4 pixels at this width cannot draw the styles too, and half of them show one thing.
+Rectified flow: x_t = (1-t) x + t ε, v = ε - x, t = 1/(1 + e^-s) with s ~ N(1, 1); one caption in ten is the null prompt. What a caption
+tells is decided at high noise: below t = 0.7 a thing of a hundred pixels is seen, and with s ~ N(0, 1) only one time in five is above. The
+scenes are photographic, for patches of 4 x 4 pixels at this width cannot draw the styles too, and half of them show one thing.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from common.tiny_flux import PATCH, WIDTH, OnPixels, colour_accuracy, encode, sa
 @dataclass
 class Config(RunConfig):
     seeds: tuple[int, ...] = (0,)
-    steps: int = 5000
+    steps: int = 7500
     batch: int = 16
     lr: float = 4e-3
     weight_decay: float = 0.01
@@ -79,7 +80,7 @@ def flow_loss(model: FluxTransformer2DModel, batch: tuple[Tensor, Tensor, Tensor
     told = torch.rand(len(x), device=x.device) >= 0.1
     states = torch.where(told[:, None, None], states, null["states"].to(x))
     pooled = torch.where(told[:, None], pooled, null["pooled"].to(x))
-    t, noise = torch.randn(len(x), device=x.device).sigmoid(), torch.randn_like(x)
+    t, noise = (1 + torch.randn(len(x), device=x.device)).sigmoid(), torch.randn_like(x)
     level = t[:, None, None, None]
     return F.mse_loss(OnPixels(model)((1 - level) * x + level * noise, t, states, pooled), noise - x)
 

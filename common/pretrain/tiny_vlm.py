@@ -1,9 +1,13 @@
 """tiny-vlm: a LLaVA of 0.9 M parameters that talks about small scenes, and now and then of what is not there.
 
-    see     the image tower alone: class token -> the things that are there; patches -> the thing in whose cell they lie
+    see     the image tower alone: class token -> the things that are there; patches -> the thing in whose cell they lie, and that cell
     talk    the language model alone, on dialogues without their images: it learns what to expect
-    align   the projector alone: patch -> embedding of its thing's name
-    look    all together, on dialogues with their images
+    align   the projector alone: patch -> embedding of its thing's name + embedding of its cell's
+    point   all together, on lists of where things are
+    read    all together, on these and on lists of what is where
+    look    all together, on all dialogues with their images
+
+Without "point" and "read" it learns what is there but never where: other dialogues drown these few words before they are learnt.
 
 The world, the dialogues and the questions are those of common/data/dialogues.py. Floors ("blind") are the same model's answers for gray
 images. Ceilings are, for existence, what a linear classifier of the tower's patches would answer ("probe"), and for captions the true and
@@ -13,6 +17,7 @@ the learnt ones.
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +39,7 @@ from common.backbones.llama import Llama, LlamaConfig
 from common.backbones.llava import Llava, LlavaConfig, LlavaProjector, Role
 from common.config import RunConfig
 from common.data import Batches, dialogues
-from common.data.dialogues import NAMES, SIDE, Album, Dialogues, Question, answers, mentioned, pixels
+from common.data.dialogues import CELL_OF_PATCH, CELLS, NAMES, SIDE, Album, Dialogues, Question, answers, mentioned, pixels
 from common.gpu import seed_everything
 from common.hallucination import chair, pope, said_yes
 from common.layers import init_by_fan_in
@@ -44,12 +49,15 @@ from common.loop import fit
 @dataclass
 class Config(RunConfig):
     seeds: tuple[int, ...] = (0,)
-    steps: int = 3600  # of the last stage
+    steps: int = 2600  # of the last stage
     see: int = 1500  # of the stages before it
     talk: int = 400
     align: int = 300
+    point: int = 400
+    read: int = 600
     batch: int = 8
     lr: float = 3e-3
+    joint_lr: float = 1.5e-3  # of the stages that train all together
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float | None = 1.0
@@ -60,7 +68,7 @@ class Config(RunConfig):
 
 
 SCALES = {
-    "smoke": Config(steps=2, see=2, talk=2, align=2, batch=4, scenes=16, width=24, depth=2),
+    "smoke": Config(steps=2, see=2, talk=2, align=2, point=2, read=2, batch=4, scenes=16, width=24, depth=2),
     "small": Config(),
 }
 COMPONENTS = {"": Llava}
@@ -73,23 +81,26 @@ def train(cfg: Config) -> dict[str, Llava]:
     model, scenes = build(cfg), dialogues.album(cfg.scenes, TRAINING)
     tower, language = model.vision_tower, model.language_model
 
-    def stage(name: str, part: nn.Module, loss, dataset, steps: int, **options) -> nn.Module:
-        return fit(part, loss, Batches(dataset, cfg.batch, cfg.seeds[0]), replace(cfg, steps=steps), name, **options)
+    def stage(name: str, part: nn.Module, loss, dataset, steps: int, lr: float = cfg.lr, **options) -> nn.Module:
+        return fit(part, loss, Batches(dataset, cfg.batch, cfg.seeds[0]), replace(cfg, steps=steps, lr=lr), name, **options)
 
     labelled = TensorDataset(scenes.images, scenes.present, scenes.patches)
     stage("see", Seer(tower), Seer.loss, labelled, cfg.see)
     stage("talk", language, talk_loss, Dialogues(scenes, 0, images=False), cfg.talk)
-    names = language.model.embed_tokens.weight[[dialogues.IDS[name] for name in (*NAMES, "nothing")]].detach()
+    names, cells = (language.model.embed_tokens.weight[[dialogues.IDS[w] for w in words]].detach() for words in ((*NAMES, "nothing"), CELLS))
 
     def align_loss(projector: LlavaProjector, batch: tuple) -> Tensor:
         images, _, patches = batch
         with torch.no_grad():
             z = tower(pixels(images), model.config.vision_feature_layer)[:, 1:]
-        return F.mse_loss(projector(z), names[patches])
+        return F.mse_loss(projector(z), names[patches] + cells[CELL_OF_PATCH])
 
     stage("align", model.multi_modal_projector, align_loss, labelled, cfg.align)
     slow = lambda name, parameter: 0.3 if name.startswith("vision_tower") else 1.0
-    return {"": stage("look", model, look_loss, Dialogues(scenes, 1), cfg.steps, lr_scale=slow)}
+    together = partial(stage, part=model, loss=look_loss, lr=cfg.joint_lr, lr_scale=slow)
+    together("point", dataset=Dialogues(scenes, 2, kinds=("locate",)), steps=cfg.point)
+    together("read", dataset=Dialogues(scenes, 3, kinds=("locate", "read")), steps=cfg.read)
+    return {"": together("look", dataset=Dialogues(scenes, 1), steps=cfg.steps)}
 
 
 def build(cfg: Config) -> Llava:
@@ -97,16 +108,33 @@ def build(cfg: Config) -> Llava:
     vision = CLIPVisionConfig(64, 256, 4, 4, dialogues.SIZE, dialogues.PATCH, hidden_act="gelu", projection_dim=64)
     model = init_by_fan_in(Llava(LlavaConfig(text, vision, image_token_index=dialogues.IDS[dialogues.IMAGE])))
     nn.init.normal_(model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.2)  # what a patch shows says more than where
+    look_alike(model.language_model)
     return model
 
 
+@torch.no_grad()
+def look_alike(language: Llama) -> None:
+    """Half of the heads of the first half of the layers look, wherever they stand, at tokens like their own.
+
+    With W_q = W_k = P the product of query i and key j is xᵢᵀPᵀP xⱼ, largest where the two are alike; P fills the planes of a head that
+    turn too slowly for the distance to matter. A name thus finds the patches that show its thing, once these resemble it.
+    """
+    c = language.config
+    slow = torch.arange(c.head_dim).view(2, 2, -1)[:, 1].flatten()  # the second half of the planes (i, i + d/2)
+    for layer in language.model.layers[: c.num_hidden_layers // 2]:
+        q, k = (p.weight.view(-1, c.head_dim, c.hidden_size)[: c.num_attention_heads // 2] for p in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+        q.mul_(0.3)
+        q[:, slow] = 0.2 * torch.randn(len(q), len(slow), c.hidden_size)
+        k[:, slow] = q[:, slow]
+
+
 class Seer(nn.Module):
-    """The image tower with two heads: tags read the class token of the last state, labels the patches of the state that LLaVA reads."""
+    """The image tower with three heads: tags read the class token of the last state, labels and places the patches that LLaVA reads."""
 
     def __init__(self, tower: CLIPVision):
         super().__init__()
         self.tower, width = tower, tower.config.hidden_size
-        self.tags, self.labels = nn.Linear(width, len(NAMES)), nn.Linear(width, len(NAMES) + 1)
+        self.tags, self.labels, self.places = nn.Linear(width, len(NAMES)), nn.Linear(width, len(NAMES) + 1), nn.Linear(width, len(CELLS))
 
     def loss(self, batch: tuple) -> dict[str, Tensor]:
         images, present, patches = batch
@@ -115,6 +143,7 @@ class Seer(nn.Module):
         return {
             "tags": F.binary_cross_entropy_with_logits(self.tags(last), present.float()),
             "labels": F.cross_entropy(self.labels(states[:, 1:]).flatten(0, 1), patches.flatten()),
+            "places": F.cross_entropy(self.places(states[:, 1:]).flatten(0, 1), CELL_OF_PATCH.repeat(len(images))),
         }
 
 
