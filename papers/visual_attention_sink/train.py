@@ -41,7 +41,7 @@ class Config(RunConfig):
     p: float = 0.6  # share of the sinks' weight that moves
     draws: int = 3  # of random tokens to knock out
     implants: int = 3  # sinks in each image of the control experiment
-    tau: float = 0.5  # τ / √D in it: what lies apart from 0.3125, which the model as it is passes everywhere
+    tau: float = 0.5  # τ / √D in it, between the implants and all other tokens
     height: float = 20.0  # what their channels gain, in RMS
     share: float = 0.4  # of the weight on the image that they are to take, in every head
     learn_from: int = 256  # scenes to fit that share on
