@@ -44,7 +44,7 @@ class Config(RunConfig):
     pairs: int = 1_500  # sentence pairs to distil on
     test_pairs: int = 1_000  # with labels; half as many choose among the cycles
     simcse_steps: int = 200
-    simcse_lr: float = 1e-3
+    simcse_lr: float = 3e-4
     cross_epochs: int = 4
     cross_batch: int = 32
     cross_lr: float = 1e-3
@@ -71,7 +71,7 @@ VARIANTS = {"mutual": ("bert", "roberta"), "bert": ("bert",), "roberta": ("rober
 
 # ---- the small PLMs ---------------------------------------------------------------------------------------------------------------------
 
-FAMILIES = {"bert": (64, 3, "[CLS] $A [SEP] $B:1 [SEP]:1"), "roberta": (80, 2, "[CLS] $A [SEP] [SEP] $B [SEP]")}  # width, layers, how a pair is read
+FAMILIES = {"bert": (64, 3, "[CLS] $A [SEP] $B:1 [SEP]:1"), "roberta": (64, 3, "[CLS] $A [SEP] [SEP] $B [SEP]")}  # width, layers, how a pair is read
 
 
 @cache
