@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.backbones import pretrained
+from common.backbones.clip import CLIP
 from common.backbones.sd_unet import ResnetBlock2D, Transformer2DModel
 from common.data import scenes
 from common.pretrain import shipping, tiny_sd
@@ -24,6 +25,8 @@ def test_recipe(tmp_path, monkeypatch):
     for name, weight in trained.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight.bfloat16().float()), name
     assert again.sample(["a ring"], steps=2).shape == (1, 3, 32, 32)
+    clip = CLIP.from_pretrained("tiny").state_dict()
+    assert all(torch.equal(weight, clip[name]) for name, weight in trained.text_encoders[0].state_dict().items())  # the tower stays as it is
 
 
 def test_the_shipped_model_is_as_good_as_its_json_says():
