@@ -71,7 +71,7 @@ VARIANTS = {"mutual": ("bert", "roberta"), "bert": ("bert",), "roberta": ("rober
 
 # ---- the small PLMs ---------------------------------------------------------------------------------------------------------------------
 
-FAMILIES = {"bert": (64, 3, "[CLS] $A [SEP] $B:1 [SEP]:1"), "roberta": (64, 3, "[CLS] $A [SEP] [SEP] $B [SEP]")}  # width, layers, how a pair is read
+FAMILIES = {"bert": "[CLS] $A [SEP] $B:1 [SEP]:1", "roberta": "[CLS] $A [SEP] [SEP] $B [SEP]"}  # how a pair is read
 
 
 @cache
@@ -80,14 +80,14 @@ def tokenizer(family: str) -> Tokenizer:
     vocab = {word: i for i, word in enumerate([*SPECIAL, *te.WORDS])}
     found = Tokenizer(models.WordLevel(vocab, "[PAD]"))
     found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    found.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", FAMILIES[family][-1], [(s, vocab[s]) for s in ("[CLS]", "[SEP]")])
+    found.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", FAMILIES[family], [(s, vocab[s]) for s in ("[CLS]", "[SEP]")])
     found.enable_padding(pad_token="[PAD]")
     return found
 
 
 def config(family: str, dropout: float = 0.1) -> BertConfig:
-    (width, layers, _), words = FAMILIES[family], tokenizer(family).get_vocab_size()
-    return BertConfig(words, width, layers, 4, 2 * width, CROSS_LENGTH + 1, model_type=family, hidden_dropout_prob=dropout)
+    width, layers, heads, words = 64, 3, 4, tokenizer(family).get_vocab_size()
+    return BertConfig(words, width, layers, heads, 2 * width, CROSS_LENGTH + 1, model_type=family, hidden_dropout_prob=dropout)
 
 
 def plm(family: str) -> BertPretraining:
