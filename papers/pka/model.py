@@ -58,8 +58,9 @@ from common.lora import add_lora, load_lora, lora_state
 
 NEVER = -1e4  # a logit whose weight is zero in every precision, and which times zero is zero
 
-# what of FLUX a condition's adapter changes, as in OminiControl; all but x_embedder are inside the blocks
+# what of FLUX an adapter changes, as in OminiControl; all but x_embedder are inside the blocks
 TARGETS = r"x_embedder|.*\.(norm1?\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2|proj_mlp|proj_out)"
+DENOISER = "denoiser"  # the adapter of text and image
 
 Rows, Lse = Float[Tensor, "b h n d"], Float[Tensor, "b h n"]
 Part = tuple[Rows, Lse]  # what each query reads somewhere: the average of the values, and the log-sum-exp of the logits
@@ -227,9 +228,10 @@ def mix_of(arm: str, config: FluxConfig, grid: tuple[int, int], epsilon: float =
 
 
 class ConditionedFlux(nn.Module):
-    """FLUX with a branch and an adapter for each condition; text and image go through the base, which is frozen.
+    """FLUX with a branch and an adapter for each condition, and an adapter for text and image; FLUX itself is frozen.
 
-    conditions: their names. subjects: those of them that show a subject. mix: a `PKA`, or `Visible()` for concatenate-and-attend.
+    conditions: their names. subjects: those of them that show a subject. mix: a `PKA`, or `Visible()` for concatenate-and-attend. rank: of
+    the adapters; 0 for none.
     """
 
     def __init__(self, flux: FluxTransformer2DModel, conditions: Sequence[str], subjects: Sequence[str], mix: Mix, rank: int):
@@ -237,10 +239,12 @@ class ConditionedFlux(nn.Module):
         self.flux, self.conditions, self.subjects = flux.requires_grad_(False), tuple(conditions), tuple(subjects)
         self.pka = mix  # its gates are trained
         self.cache: dict[int, dict[str, Heads]] = {}
-        for name in conditions:
+        for name in (*conditions, DENOISER) if rank else ():
             add_lora(flux, name, TARGETS, rank)
-        for part in ("attn.to_q", "proj_mlp", "proj_out"):  # nobody reads what the last block makes of conditions
-            flux.single_transformer_blocks[-1].get_submodule(part).requires_grad_(False)
+        for name, part in product(conditions, ("attn.to_q", "proj_mlp", "proj_out")):  # nobody reads what the last block makes of conditions
+            layer = flux.single_transformer_blocks[-1].get_submodule(part)
+            for matrix in (layer.lora_A, layer.lora_B):
+                matrix[name].requires_grad_(False)
 
     def forward(
         self,
@@ -264,8 +268,8 @@ class ConditionedFlux(nn.Module):
         grid, noisy = (z.shape[2] // patch, z.shape[3] // patch), Conditioning(t, pooled, guidance)
         clean = Conditioning(torch.zeros_like(t), pooled, guidance)
         main = [
-            Branch("text", states, torch.zeros(states.shape[1], 3, device=z.device), noisy),
-            Branch("image", pack(z, patch), image_ids(grid, device=z.device), noisy),
+            Branch("text", states, torch.zeros(states.shape[1], 3, device=z.device), noisy, DENOISER),
+            Branch("image", pack(z, patch), image_ids(grid, device=z.device), noisy, DENOISER),
         ]
         shown = [Branch(name, pack(image, patch), self.ids(name, image, patch), clean, name) for name, image in images.items()]
         if isinstance(self.pka, PKA):
@@ -362,21 +366,22 @@ class Encoders:
 
 
 def save_adapters(model: ConditionedFlux, directory: Path) -> None:
-    """DIR/<condition>.safetensors under peft's names, as OminiControl's files have them; and the gates of the additive form."""
-    for name in model.conditions:
+    """DIR/<condition>.safetensors and denoiser.safetensors under peft's names, as OminiControl's files have them; the additive form's gates."""
+    for name in (*model.conditions, DENOISER):
         save_file({f"transformer.{path}": t.contiguous() for path, t in lora_state(model.flux, name).items()}, directory / f"{name}.safetensors")
     if isinstance(model.pka, AdditivePKA):
         save_file(model.pka.state_dict(), directory / "gates.safetensors")
 
 
 def load_adapters(flux: FluxTransformer2DModel, directory: Path, conditions: Sequence[str], subjects: Sequence[str], mix: Mix) -> ConditionedFlux:
-    """`flux` with the adapters that `save_adapters` or OminiControl wrote. Raises UserError."""
+    """`flux` with the adapters that `save_adapters` wrote, or OminiControl, which leaves text and image without one. Raises UserError."""
     model = ConditionedFlux(flux, (), subjects, mix, rank=0)
-    for name in conditions:
-        path = Path(directory) / f"{name}.safetensors"
-        if not path.is_file():
+    files = {name: Path(directory) / f"{name}.safetensors" for name in (*conditions, DENOISER)}
+    for name, path in files.items():
+        if path.is_file():
+            load_lora(flux, name, read_safetensors(path)[0])
+        elif name != DENOISER:
             raise UserError(f"{path} is missing: --weights is a directory with an adapter {name}.safetensors for the condition {name!r}")
-        load_lora(flux, name, read_safetensors(path)[0])
     if isinstance(mix, AdditivePKA):
         load_weights(mix, Path(directory) / "gates.safetensors")
     model.conditions = tuple(conditions)

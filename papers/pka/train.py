@@ -1,4 +1,4 @@
-"""Teach the small Flux two conditions, edges and a subject, by concatenate-and-attend and by PKA; with --data DIR --flux DIR, FLUX.1 itself."""
+"""Teach the small Flux two conditions, a depth map and a subject, by concatenate-and-attend and by PKA; with --data DIR --flux DIR, FLUX.1 itself."""
 
 import io
 from copy import deepcopy
@@ -7,11 +7,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from PIL import Image
-from skimage.segmentation import find_boundaries
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
@@ -20,7 +18,7 @@ from common import gpu
 from common.backbones.flux import FluxTransformer2DModel
 from common.config import RunConfig
 from common.data import Batches
-from common.data.scenes import RELATIONS, Scene, captioned, describe, layout_of, render_all
+from common.data.scenes import Scene, captioned, describe, render_all
 from common.errors import UserError
 from common.loop import each, fit, load_run
 from common.tiny_flux import encode, words
@@ -52,7 +50,7 @@ SCALES = {
         steps=2, batch=2, seeds=(0,), rank=2, train_scenes=8, test_scenes=2, draw_steps=2, timed_grid=4, timed_conditions=(1, 2), repeats=1,
         processes=1, save_every=1.0,
     ),
-    "small": Config(steps=200, batch=8, lr=8e-3, weight_decay=0.01, clip=1.0),
+    "small": Config(steps=200, batch=4, lr=8e-3, weight_decay=0.01, clip=1.0),
     "full": Config(
         seeds=(0,), steps=15_000, batch=8, lr=1e-4, weight_decay=0.01, clip=1.0, precision="bf16", rank=4, workers=4, save_every=0.05, relative=False,
     ),
@@ -60,21 +58,21 @@ SCALES = {
 
 ARMS = ("concat", "joint", "additive")
 SAMPLERS = {"csas": (0.5, 1.5), "standard": (0.0, 1.0), "reversed": (-0.5, 1.5)}  # μ and σ
-SPATIAL, SUBJECT = "edges", "subject"
+SPATIAL, SUBJECT = "depth", "subject"
 TRAIN, TEST = 300, 301  # seeds of the scenes
 
 # ---- scenes -----------------------------------------------------------------------------------------------------------------------------
 
 
 class ConditionedScenes(NamedTuple):
-    """Scenes, what is told of them, and the images that condition them. The caption names the first thing's shape alone."""
+    """Scenes, what is told of them, and the images that condition them. The caption names no place, and the first thing by its shape alone."""
 
     scenes: list[Scene]
     images: UInt8[Tensor, "n 3 32 32"]
     instances: UInt8[Tensor, "n 32 32"]
     captions: list[str]
     keywords: Bool[Tensor, "n 1 m"]  # where the caption names the first thing
-    edges: UInt8[Tensor, "n 3 32 32"]  # white on black
+    depth: UInt8[Tensor, "n 3 32 32"]  # the nearer the lighter
     subject: UInt8[Tensor, "n 3 16 16"]  # the first thing, large on white
 
 
@@ -83,42 +81,36 @@ def scene_set(n: int, seed: int) -> ConditionedScenes:
     """Photographic scenes of plain and striped things."""
     drawn = captioned(n, seed, styled=0.0, single=0.5).scenes
     scenes = [scene._replace(things=tuple(t._replace(texture=t.texture.replace("dotted", "plain")) for t in scene.things)) for scene in drawn]
-    images, instances, _ = render_all(scenes)
+    images, instances, depth = render_all(scenes)
     subjects = [Scene((scene.things[0]._replace(x=0.5, y=0.5, radius=0.35),), "white") for scene in scenes]
     captions = [caption(scene) for scene in scenes]
     keywords = torch.zeros(n, 1, encode([""])["states"].shape[1], dtype=torch.bool)
     for row, text, scene in zip(keywords, captions, scenes, strict=True):
         row[0, words(text).index(scene.things[0].shape)] = True
-    edges = 255 * outline(instances).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-    return ConditionedScenes(scenes, images, instances, captions, keywords, edges, render_all(subjects, 16)[0])
+    shades = (255 * depth).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    return ConditionedScenes(scenes, images, instances, captions, keywords, shades, render_all(subjects, 16)[0])
 
 
 def caption(scene: Scene) -> str:
-    """The first thing's look is left to the subject's image."""
-    layout, first = layout_of(scene), describe(scene.things[0], full=False)
-    where = f" at the {layout}" if len(scene.things) == 1 else f" {RELATIONS[layout][0]} {describe(scene.things[1])}"
-    return f"{first}{where} on a {scene.background} background"
-
-
-def outline(instances: Tensor) -> Bool[Tensor, "n h w"]:
-    """Where a pixel differs from one of its four neighbours."""
-    return torch.from_numpy(np.stack([find_boundaries(one, connectivity=1, mode="thick") for one in instances.numpy()]))
+    """Where things are is left to the depth map, the first thing's look to the subject's image."""
+    things = [describe(thing, full=k > 0) for k, thing in enumerate(scene.things)]
+    return ("a photo of " if len(things) > 1 else "") + " and ".join(things) + f" on a {scene.background} background"
 
 
 def dataset(cfg: Config) -> TensorDataset:
     s, text = scene_set(cfg.train_scenes, TRAIN), encode(scene_set(cfg.train_scenes, TRAIN).captions)
-    return TensorDataset(s.images, text["states"], text["pooled"], s.keywords, s.edges, s.subject)
+    return TensorDataset(s.images, text["states"], text["pooled"], s.keywords, s.depth, s.subject)
 
 
 def scene_loss(model: ConditionedFlux, batch: tuple[Tensor, ...], times: tuple[float, float], drop: float = 0.1) -> Tensor:
     """Text and each condition are dropped independently: the null prompt, a grey image."""
-    images, states, pooled, keywords, edges, subject = batch
+    images, states, pooled, keywords, depth, subject = batch
     keep = lambda *shape: torch.rand(len(images), *shape, device=images.device) >= drop
     null, told = encode([""]), keep(1)
     return flow_loss(
         model, pixels(images), csas(len(images), *times, device=images.device),
         states=torch.where(told[..., None], states, null["states"].to(states)), pooled=torch.where(told, pooled, null["pooled"].to(pooled)),
-        keywords=keywords & told[..., None], edges=pixels(edges) * keep(1, 1, 1), subject=pixels(subject) * keep(1, 1, 1),
+        keywords=keywords & told[..., None], depth=pixels(depth) * keep(1, 1, 1), subject=pixels(subject) * keep(1, 1, 1),
     )  # fmt: skip
 
 
