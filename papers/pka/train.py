@@ -20,7 +20,7 @@ from common.config import RunConfig
 from common.data import Batches
 from common.data.scenes import Scene, captioned, describe, render_all
 from common.errors import UserError
-from common.loop import each, fit, load_run
+from common.loop import each, fit
 from common.tiny_flux import encode, words
 from papers.pka.model import ConditionedFlux, Encoders, csas, flow_loss, mix_of, pixels, save_adapters
 
@@ -50,7 +50,7 @@ SCALES = {
         steps=2, batch=2, seeds=(0,), rank=2, train_scenes=8, test_scenes=2, draw_steps=2, timed_grid=4, timed_conditions=(1, 2), repeats=1,
         processes=1, save_every=1.0,
     ),
-    "small": Config(steps=200, batch=4, lr=8e-3, weight_decay=0.01, clip=1.0),
+    "small": Config(steps=180, batch=4, lr=8e-3, weight_decay=0.01, clip=1.0, save_every=0.5),
     "full": Config(
         seeds=(0,), steps=15_000, batch=8, lr=1e-4, weight_decay=0.01, clip=1.0, precision="bf16", rank=4, workers=4, save_every=0.05, relative=False,
     ),
@@ -135,19 +135,16 @@ def build(cfg: Config, arm: str) -> ConditionedFlux:
 def train(cfg: Config) -> None:
     if cfg.data:
         return each(train_flux, [(seed,) for seed in cfg.seeds], cfg)
-    first = [(arm, "csas", 1) for arm in ARMS] + [("joint", sampler, 1) for sampler in SAMPLERS if sampler != "csas"]
-    for jobs in (first, [(arm, "csas", 2) for arm in ARMS]):
-        each(train_one, [(*job, seed) for seed in cfg.seeds for job in jobs], cfg)
+    runs = [(arm, "csas", 2) for arm in ARMS] + [("joint", sampler, 1) for sampler in SAMPLERS if sampler != "csas"]
+    each(train_one, [(*run, seed) for run in runs for seed in cfg.seeds], cfg)
 
 
-def train_one(cfg: Config, arm: str, sampler: str, number: int, seed: int) -> None:
-    """One round; the second begins where the first ended, with scenes in another order."""
+def train_one(cfg: Config, arm: str, sampler: str, rounds: int, seed: int) -> None:
+    """A round begins where the one before ended, with scenes in another order."""
     gpu.seed_everything(seed)
-    model = build(cfg, arm)
-    if number == 2:
-        load_run(model, cfg, run_name(arm, sampler, 1, seed))
-    loss, batches = partial(scene_loss, times=SAMPLERS[sampler]), Batches(dataset(cfg), cfg.batch, 10 * seed + number)
-    fit(model, loss, batches, cfg, run_name(arm, sampler, number, seed))
+    model, loss = build(cfg, arm), partial(scene_loss, times=SAMPLERS[sampler])
+    for number in range(1, rounds + 1):
+        fit(model, loss, Batches(dataset(cfg), cfg.batch, 10 * seed + number), cfg, run_name(arm, sampler, number, seed))
 
 
 def run_name(arm: str, sampler: str, number: int, seed: int) -> str:
